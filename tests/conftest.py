@@ -1,0 +1,77 @@
+"""What tests share: the quick samples, the command line, and quiet threads."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+from utilgen_cli.shards.images import encode_image
+from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.writer import write_tar
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "examples" / "data"
+
+
+def make_sample(number: int, label: int = 0, size: int = 8, **facts: object) -> Sample:
+    """A sample with a small random picture."""
+    rgb = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    members = {
+        "png": encode_image(rgb),
+        "cls": str(label).encode(),
+        "json": encode_json({"class_name": f"class {label}", **facts}),
+    }
+    return Sample(f"{label:04d}-{number:06d}", members)
+
+
+def tar_bytes(samples: Iterable[Sample]) -> bytes:
+    """The samples as one tar."""
+    out = io.BytesIO()
+    write_tar(samples, out)
+    return out.getvalue()
+
+
+Run = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture
+def utilgen(tmp_path: Path) -> Run:
+    """Run `utilgen ARGS...` in the test's directory; stdin is empty unless `input` is given."""
+
+    def run(
+        *args: object, check: bool = True, **kwargs: object
+    ) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "utilgen_cli", *map(str, args)]
+        kwargs.setdefault("input", b"")
+        done = subprocess.run(command, capture_output=True, cwd=tmp_path, **kwargs)  # type: ignore[call-overload]
+        if check and done.returncode:
+            raise AssertionError(f"{command} exited {done.returncode}: {done.stderr.decode()}")
+        return done
+
+    return run
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Run:
+    """Run a script under `bash -o pipefail` with the installed `utilgen` on the PATH."""
+
+    def run(script: str, **kwargs: object) -> subprocess.CompletedProcess[bytes]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, **kwargs.pop("env", {})}  # type: ignore[arg-type,dict-item]
+        return subprocess.run(  # type: ignore[call-overload]
+            ["bash", "-o", "pipefail", "-c", script], capture_output=True, cwd=tmp_path, env=env,
+            **kwargs,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,142 @@
+"""The edge of a run: settings, locks, checkpoints, seeds, errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    previous,
+    restore_optimizer,
+    save_checkpoint,
+)
+from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
+from utilgen_cli.runtime.output import OutputDirectory
+from utilgen_cli.runtime.seeds import sample_generator
+
+
+def test_the_same_settings_resume_and_others_are_refused_with_the_difference(
+    tmp_path: Path,
+) -> None:
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 3, "lr": 0.1}) as out:
+        (out.path / "kept").write_text("x")
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 3, "lr": 0.1}):
+        pass
+    with pytest.raises(UsageError, match=r"steps was 3, now 4"):
+        with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4, "lr": 0.1}):
+            pass
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4}, overwrite=True) as out:
+        assert not (out.path / "kept").exists()
+
+
+def test_a_directory_of_somebody_else_is_neither_mixed_with_nor_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="did not write"):
+        with OutputDirectory(tmp_path, "dpo", {}, overwrite=True):
+            pass
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_two_processes_cannot_write_one_directory_but_two_parts_can(tmp_path: Path) -> None:
+    def own(part: str | None = None) -> OutputDirectory:
+        return OutputDirectory(tmp_path / "o", "x", {}, part=part)
+
+    with own():
+        with pytest.raises(UtilgenError, match="another process"), own():
+            pass
+    with own("0/2"), own("1/2"):
+        for again in ("1/2", None):
+            with pytest.raises(UtilgenError, match="another process"), own(again):
+                pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from utilgen_cli.runtime.output import OutputDirectory\n"
+        "OutputDirectory(sys.argv[1], 'x', {}).__enter__(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "o"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with OutputDirectory(tmp_path / "o", "x", {}) as out:
+        assert out.path.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {"w": torch.full((4,), float(step))}, {"step": step})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"cut": data[:-9], "flip": data, "empty": b""}[damage])
+    loaded = load_checkpoint(path)
+    assert loaded is not None
+    tensors, meta = loaded
+    assert meta == {"step": 1} and tensors["w"].tolist() == [1.0] * 4
+    previous(path).unlink()
+    assert load_checkpoint(path) is None
+
+
+def test_nan_never_reaches_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UtilgenError, match="not finite"):
+        save_checkpoint(tmp_path / "c", {"w": torch.tensor([1.0, float("nan")])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    def run(weights: torch.Tensor, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            (weights * torch.arange(3.0) * step).sin().sum().backward()
+            optimizer.step()
+
+    straight = torch.ones(3, requires_grad=True)
+    run(straight, torch.optim.AdamW([straight], 0.1), range(8))
+    first = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([first], 0.1)
+    run(first, optimizer, range(4))
+    save_checkpoint(tmp_path / "c", {"w": first.detach(), **optimizer_tensors(optimizer)}, {})
+    tensors, _ = load_checkpoint(tmp_path / "c")  # type: ignore[misc]
+    second = tensors["w"].clone().requires_grad_()
+    optimizer = torch.optim.AdamW([second], 0.1)
+    restore_optimizer(optimizer, tensors)
+    run(second, optimizer, range(4, 8))
+    assert torch.equal(straight, second)
+
+
+def test_an_image_has_its_own_random_numbers() -> None:
+    def draw(*key: int) -> list[float]:
+        return torch.randn(3, generator=sample_generator(*key)).tolist()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({tuple(draw(s, c, i)) for s in range(3) for c in range(3) for i in range(3)}) == 27
+
+
+def test_a_stop_signal_is_kept_until_the_work_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_received", [])
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    try:
+        signals.install()
+        signals.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.stop_requested()
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            signals.check()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_error_is_one_terminal_safe_line() -> None:
+    line = str(UtilgenError("a\x1b[31m\nb", "why", "Do this."))
+    assert "\n" not in line and "\x1b" not in line
+    assert line.endswith(": why. Do this.")

@@ -1,0 +1,145 @@
+"""The `utilgen` command: its subcommands, and what becomes of errors. No heavy import here."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .commands import check, dpo, evaluate, generate, ilpo, invert, lora, pack, pairs, value, view
+from .runtime import signals
+from .runtime.errors import ExitCode, UtilgenError
+
+HELP = """Generative data augmentation judged by what it does for the classifier (UtilGen).
+
+Stages read and write WebDataset tar shards and join with pipes:
+
+  utilgen generate -m tiny --per-class 8 | utilgen value score --value value/ | utilgen pairs
+
+Exit codes: 0 done, 1 failed, 2 usage, 65 bad input, 66 no such input, 75 stopped by a signal with
+its state saved (run it again), 130 interrupted, 141 the reader left. --debug shows tracebacks."""
+
+app = typer.Typer(
+    name="utilgen",
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+value_app = typer.Typer(
+    help="Learn and apply how useful a sample is.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def _fail(name: str, error: BaseException) -> typer.Exit:
+    """One line on stderr, and the exit that carries the code."""
+    if isinstance(error, BrokenPipeError):
+        _drop_stdout()
+        return typer.Exit(ExitCode.READER_LEFT)
+    if isinstance(error, KeyboardInterrupt):
+        print(
+            f"utilgen: {name}: interrupted. Run the same command again to go on.", file=sys.stderr
+        )
+        return typer.Exit(ExitCode.INTERRUPTED)
+    if not isinstance(error, UtilgenError):
+        error = _translate(error)
+    print(f"utilgen: {name}: {error}", file=sys.stderr)
+    return typer.Exit(error.exit_code)
+
+
+def _translate(error: BaseException) -> UtilgenError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "output"
+        return UtilgenError(str(where), "no space left", "Free some; finished work is kept.")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        where = error.filename or "output"
+        return UtilgenError(str(where), error.strerror or "refused", "Name a place you can write.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return UtilgenError("memory", "not enough of it", "Lower --batch-size.")
+    text = str(error).strip().splitlines() or [""]
+    why = f"{type(error).__name__}: {text[0]}"
+    return UtilgenError("unexpected error", why, "See more with --debug.")
+
+
+def _drop_stdout() -> None:
+    """Nothing more can be written: let the flush at exit go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, _claimed()):
+        if stream is not None:
+            os.dup2(null, stream.fileno())
+
+
+def _claimed() -> Any:
+    from .runtime import stdout
+
+    return stdout._result
+
+
+def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Turn every exception of a command into one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if "UTILGEN_DEBUG" in os.environ and not isinstance(error, BrokenPipeError):
+                import traceback
+
+                traceback.print_exception(error)
+            raise _fail(name, error) from None
+
+    return guarded
+
+
+for _name, _function in (
+    ("pack", pack.pack),
+    ("invert", invert.invert),
+    ("generate", generate.generate),
+    ("pairs", pairs.pairs),
+    ("dpo", dpo.dpo),
+    ("ilpo", ilpo.ilpo),
+    ("eval", evaluate.evaluate),
+    ("lora", lora.lora),
+    ("view", view.view),
+    ("check", check.check),
+):
+    app.command(_name)(guard(_name, _function))
+for _name, _function in (("train", value.train), ("score", value.score)):
+    value_app.command(_name)(guard(f"value {_name}", _function))
+app.add_typer(value_app, name="value")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"utilgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """See HELP: Typer shows that text."""
+
+
+def main() -> None:
+    """Run the command line."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ["UTILGEN_DEBUG"] = "1"
+    signals.install()
+    app(prog_name="utilgen")

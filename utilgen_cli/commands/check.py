@@ -1,0 +1,39 @@
+"""`utilgen check`: are the shards of a directory whole and as they were written?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, Quiet, Verbose
+
+
+def check(
+    shards: Annotated[list[Path], typer.Argument(help="Directories of shards, or shard files.")],
+    remove: Annotated[
+        bool,
+        typer.Option("--remove", help="Remove broken shards, so that a rerun makes them anew."),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Verify that shards are whole, hold unique keys and match their checksums.
+
+    Example: utilgen check synth/ && echo whole
+    """
+    from ..runtime.errors import BadInput
+    from ..runtime.progress import reporter
+    from ..shards.check import check_shards
+    from .streams import report
+
+    found = check_shards(shards, reporter(quiet), remove)
+    summary = {"shards": found.shards, "samples": found.samples, "broken": found.broken}
+    line = f"checked {found.shards} shards, {found.samples} samples"
+    report(summary, as_json, line, to_stdout=True)
+    if found.broken:
+        first = found.broken[0]
+        remedy = "Remove it with --remove and run the command that made it again."
+        raise BadInput(first["shard"], first["why"], remedy)

@@ -1,0 +1,74 @@
+"""Options that commands share, so that one name means one thing everywhere."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _verbose(value: bool) -> bool:
+    """Without -v only utilgen's own messages are shown."""
+    if not value:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    return value
+
+
+Shards = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SHARDS]...",
+        help="Shards: files, directories, brace patterns or `-`. Default: standard input.",
+        show_default=False,
+    ),
+]
+StreamOutput = Annotated[
+    str, typer.Option("-o", "--output", help="`-` for one tar on stdout, or a directory of shards.")
+]
+ModelOutput = Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", envvar="UTILGEN_MODEL",
+        help="tiny, sd15, sd21-base, sd21, a hub id, or a diffusers directory.",
+    ),
+]  # fmt: skip
+Value = Annotated[
+    Path, typer.Option("--value", envvar="UTILGEN_VALUE", help="Directory of the value model.")
+]
+Tokens = Annotated[
+    Path | None, typer.Option("--tokens", help="Class tokens, as `utilgen invert` makes them.")
+]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter", help="Result of `dpo` or `lora`; may repeat.", show_default=False),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", help="Class names: a comma list, or a file with one a line."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the best here.")
+]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="fp32, fp16 or bf16. Default: fp32 on the CPU.")
+]
+Part = Annotated[
+    str | None,
+    typer.Option("--part", help="I/N: every N-th shard from the I-th (from 0); or rank, slurm."),
+]
+ShardSize = Annotated[int, typer.Option("--shard-size", min=1, help="Samples a shard.")]
+PerClass = Annotated[int, typer.Option("--per-class", min=1, help="Images a class.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there already.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Seconds, not quality: a trial of the works.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", help="Show the libraries' messages too.", callback=_verbose),
+]

@@ -1,0 +1,206 @@
+"""How commands write samples: one tar on stdout, shards in a directory, a listing on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..runtime import signals
+from ..runtime.errors import UsageError
+from ..runtime.files import encode_json
+from ..runtime.output import OutputDirectory
+from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
+from ..shards.operands import Source, parse_part, read_path
+from ..shards.sample import Sample
+from ..shards.writer import stats_path, write_shard, write_tar
+
+Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
+T = TypeVar("T")
+Item = tuple[int, int]  # (class index, image index)
+KEEP = "Keep the result with `-o DIR`, or pipe it into the next command."
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How a terminal shows samples instead of a tar."""
+
+    columns: Sequence[str]
+    row: Callable[[Sample], Sequence[object]]
+
+
+def refuse_terminal(output: str) -> None:
+    """UsageError, before any work, if a tar would go to a terminal."""
+    if output == "-" and stdout_is_terminal():
+        raise UsageError("stdout", "is a terminal, and a tar is not for reading", KEEP)
+
+
+def run_filter(
+    source: Source,
+    stage: Stage,
+    output: str,
+    command: str,
+    settings: dict[str, Any],
+    overwrite: bool = False,
+    listing: Listing | None = None,
+    part: str | None = None,
+) -> int:
+    """Put every sample through `stage`; how many came out. Whole shards already there are kept."""
+    source = source.part(part)
+    if output == "-":
+        if listing is not None and stdout_is_terminal():
+            return _list(stage(source.samples()), listing)
+        refuse_terminal(output)
+        return write_tar(_stopping(stage(source.samples())), claim_stdout())
+    with OutputDirectory(output, command, settings, overwrite, _named(part)) as out:
+        if source.is_stdin:
+            return _write_all(stage(source.samples()), out.path)
+        return _map_shards(source.shards(), stage, out.path)
+
+
+def run_reduction(
+    samples: Iterable[Sample],
+    output: str,
+    command: str,
+    settings: dict[str, Any],
+    overwrite: bool = False,
+    listing: Listing | None = None,
+) -> int:
+    """Write samples that depend on all of the input (`pairs`): nothing appears before the end."""
+    if output == "-":
+        if listing is not None and stdout_is_terminal():
+            return _list(samples, listing)
+        refuse_terminal(output)
+        return write_tar(_stopping(samples), claim_stdout())
+    with OutputDirectory(output, command, settings, overwrite) as out:
+        if list(out.path.glob("*.tar")):
+            return 0
+        return _write_all(samples, out.path)
+
+
+def run_source(
+    draw: Callable[[list[T]], Iterator[Sample]],
+    plan: Sequence[T],
+    output: str,
+    command: str,
+    settings: dict[str, Any],
+    overwrite: bool = False,
+    shard_size: int = 1000,
+    part: str | None = None,
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> int:
+    """Make the samples of `plan`, shard by shard; whole shards already there are kept."""
+    shards = [list(plan[i : i + shard_size]) for i in range(0, len(plan), shard_size)]
+    index, count = parse_part(part) if part else (0, 1)
+    mine = list(enumerate(shards))[index::count]
+    if output == "-":
+        refuse_terminal(output)
+        items = [item for _, shard in mine for item in shard]
+        return write_tar(_stopping(draw(items)), claim_stdout())
+    with OutputDirectory(output, command, settings, overwrite, _named(part)) as out:
+        total = 0
+        for number, shard in mine:
+            path = out.path / f"{number:05d}.tar"
+            if not is_whole(path):
+                total += write_shard(path, draw(shard), facts)
+                signals.check()
+        return total
+
+
+def plan_items(classes: int, per_class: int, start: int = 0) -> list[Item]:
+    """Image-major: every class's image `start`, then every class's next, and so on."""
+    return [(c, i) for i in range(start, start + per_class) for c in range(classes)]
+
+
+def item_key(item: Item) -> str:
+    """The key of a generated sample."""
+    return f"{item[0]:04d}-{item[1]:06d}"
+
+
+def is_whole(shard: Path) -> bool:
+    """True if the shard and its statistics, which are written last, are there."""
+    return shard.exists() and stats_path(shard).exists()
+
+
+def _named(part: str | None) -> str | None:
+    return None if part is None else "{}/{}".format(*parse_part(part))
+
+
+def _stopping(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """A stopped stream has no end mark, so that its reader knows."""
+    for sample in samples:
+        signals.check()
+        yield sample
+
+
+def _map_shards(shards: list[Path], stage: Stage, directory: Path) -> int:
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError("-o", f"two input shards are named {twice}", "Use one -o a directory.")
+    total = 0
+    for shard in shards:
+        path = directory / Path(shard.name).with_suffix(".tar")
+        if not is_whole(path):
+            total += write_shard(path, stage(read_path(shard)))
+            signals.check()
+    return total
+
+
+def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 1000) -> int:
+    """Shards that get their names only when the whole stream has arrived."""
+    staged: list[Path] = []
+    total = 0
+    iterator = iter(_stopping(samples))
+    staging = directory / ".incoming"
+    staging.mkdir(exist_ok=True)
+    try:
+        for first in iterator:
+            path = staging / f"{len(staged):05d}.tar"
+            total += write_shard(path, _take(first, iterator, shard_size))
+            staged.append(path)
+        for path in staged:
+            stats_path(path).replace(stats_path(directory / path.name))
+            path.replace(directory / path.name)
+    finally:
+        for path in staging.iterdir():
+            path.unlink()
+        staging.rmdir()
+    return total
+
+
+def _take(first: Sample, rest: Iterator[Sample], count: int) -> Iterator[Sample]:
+    yield first
+    for _, sample in zip(range(count - 1), rest, strict=False):
+        yield sample
+
+
+def _list(samples: Iterable[Sample], listing: Listing) -> int:
+    """A readable listing on stdout, and how to keep the result."""
+    say("  ".join(f"{column:<14}" for column in listing.columns).rstrip())
+    count = 0
+    for sample in samples:
+        cells = (_cell(value) for value in listing.row(sample))
+        say("  ".join(f"{cell:<14}" for cell in cells).rstrip())
+        count += 1
+    say(f"{count} samples. {KEEP}")
+    return count
+
+
+def _cell(value: object) -> str:
+    from ..runtime.errors import printable
+
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+
+
+def report(summary: dict[str, Any], as_json: bool, line: str, to_stdout: bool = False) -> None:
+    """The end of a command: JSON if asked for (stderr for streams), else one line on stderr."""
+    if as_json and to_stdout:
+        claim_stdout().write(encode_json(summary))
+        claim_stdout().flush()
+    elif as_json:
+        sys.stderr.write(encode_json(summary).decode())
+    elif line:
+        print(f"utilgen: {line}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Errors, seeds, signals, progress, devices and checkpoints: the edge of a run."""

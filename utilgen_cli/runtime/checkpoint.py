@@ -1,0 +1,99 @@
+"""Checkpoints: safetensors with JSON metadata; atomic, checked, and the one before is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .errors import UtilgenError
+from .files import write_atomic, write_json  # noqa: F401  (one room for saving)
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous."""
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_atomic(path, save(plain, metadata))
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` and `meta` as the newest checkpoint; the one before becomes PATH.previous.
+
+    A non-finite float tensor is refused: a NaN must never be what a run resumes from.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UtilgenError(
+                "checkpoint", f"{name} is not finite", "Lower the learning rate, then run again."
+            )
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    body = save(plain, {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
+    if path.exists():
+        path.replace(previous(path))
+    write_atomic(path, body + hashlib.sha256(body).digest())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest whole checkpoint at `path`, or the one before if it is torn, or None."""
+    for candidate in (path, previous(path)):
+        if candidate.exists():
+            found = _read(candidate.read_bytes())
+            if found is not None:
+                return found
+    return None
+
+
+def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    body, digest = data[:-32], data[-32:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    try:
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        return load(body), json.loads(header["__metadata__"]["meta"])
+    except (SafetensorError, ValueError, KeyError):
+        return None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint and the one before it."""
+    path.unlink(missing_ok=True)
+    previous(path).unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the newest lies."""
+    return path.with_name(path.name + ".previous")
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer."
+) -> dict[str, Tensor]:
+    """The optimiser's per-parameter state as named tensors (the rate belongs to the schedule)."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}{i}.{name}": torch.as_tensor(value)
+        for i, entries in state.items()
+        for name, value in entries.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer."
+) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            index, name = key.removeprefix(prefix).split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({**whole, "state": state})

@@ -1,0 +1,33 @@
+"""Where and in which precision the work runs."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device; without a name CUDA, then Apple's MPS, then the CPU."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}", reason, "Name cpu, cuda, cuda:1 or mps.") from None
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named precision (fp32, fp16, bf16); without a name bf16 on CUDA, else fp32."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"--precision {name}", "unknown", f"Use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]

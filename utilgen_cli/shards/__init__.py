@@ -1,0 +1,1 @@
+"""WebDataset tar shards: samples, reader, writer, operands. No torch here."""

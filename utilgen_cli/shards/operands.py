@@ -1,0 +1,138 @@
+"""Operands: files, directories, brace patterns, `-`, or what is piped in."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from ..runtime.errors import NoInput, UsageError
+from .reader import read_tar
+from .sample import Sample
+
+STDIN = Path("-")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards in order. `samples()` reads them all; standard input can be read once only."""
+
+    paths: tuple[Path, ...]
+
+    @property
+    def is_stdin(self) -> bool:
+        """True if the samples come through a pipe."""
+        return self.paths == (STDIN,)
+
+    def shards(self) -> list[Path]:
+        """The shard files (none for standard input)."""
+        return [] if self.is_stdin else list(self.paths)
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, shard after shard."""
+        for path in self.paths:
+            yield from read_path(path)
+
+    def part(self, spec: str | None) -> Source:
+        """Every N-th shard from the I-th on, for spec `I/N` (I from 0), `rank` or `slurm`."""
+        if spec is None:
+            return self
+        index, count = parse_part(spec)
+        return replace(self, paths=self.paths[index::count])
+
+
+def read_path(path: Path) -> Iterator[Sample]:
+    """The samples of one shard file, or of standard input for `-`."""
+    if path == STDIN:
+        yield from read_tar(_stdin(), "standard input")
+        return
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise NoInput(str(path), error.strerror or "cannot be read", "Check its rights.") from None
+    with file:
+        yield from read_tar(file, str(path))
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("standard input", "is a terminal", "Name shards, or pipe them in.")
+    return sys.stdin.buffer
+
+
+def open_source(operands: Sequence[str] | None) -> Source:
+    """The source that the operands name; without operands a piped standard input.
+
+    NoInput: a named file or directory is missing or empty. UsageError: nothing named, no pipe.
+    """
+    if not operands:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("SHARDS", "none named and nothing piped in", "Name shards, or pipe.")
+        return Source((STDIN,))
+    if "-" in operands and len(operands) > 1:
+        raise UsageError("SHARDS", "`-` stands for standard input alone", "Name it by itself.")
+    paths: list[Path] = []
+    for operand in operands:
+        for name in expand_braces(operand):
+            paths += _expand(name)
+    return Source(tuple(paths))
+
+
+def _expand(name: str) -> list[Path]:
+    path = Path(name)
+    if name == "-":
+        return [STDIN]
+    if path.is_dir():
+        shards = sorted(p for p in path.iterdir() if p.suffix == ".tar")
+        if not shards:
+            raise NoInput(name, "there is no .tar shard in it", "Make some with `utilgen pack`.")
+        return shards
+    if not path.exists():
+        raise NoInput(name, "no such file or directory", "Name shards or a directory of shards.")
+    return [path]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{000..002}.tar` and `{a,b}.tar` as shells and webdataset expand them."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found or Path(pattern).exists():
+        return [pattern]
+    body = found.group(1)
+    number = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if number:
+        low, high = number.groups()
+        width = len(low) if low.startswith("0") else 0
+        parts = [f"{i:0{width}d}" for i in range(int(low), int(high) + 1)]
+    elif "," in body:
+        parts = body.split(",")
+    else:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [name for part in parts for name in expand_braces(head + part + tail)]
+
+
+def parse_part(spec: str) -> tuple[int, int]:
+    """(index, count) of `I/N`, of torchrun's rank (`rank`), or of a SLURM array task (`slurm`)."""
+    try:
+        if spec == "rank":
+            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if spec == "slurm":
+            first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+            count = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+            return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, count
+        index, count = (int(n) for n in spec.split("/"))
+    except KeyError as error:
+        raise UsageError(
+            f"--part {spec}", f"{error.args[0]} is not set", "Use --part I/N."
+        ) from None
+    except ValueError:
+        raise UsageError(
+            f"--part {spec}", "not understood", "Use I/N with I from 0 to N-1."
+        ) from None
+    if not 0 <= index < count:
+        raise UsageError(f"--part {spec}", "I must lie between 0 and N-1", "Parts count from 0.")
+    return index, count

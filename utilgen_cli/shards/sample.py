@@ -1,0 +1,78 @@
+"""One sample: a key and its members, in the order in which they stand in the tar."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..runtime.errors import BadInput
+from ..runtime.files import encode_json
+
+__all__ = ["IMAGE_TYPES", "Sample", "check_key", "encode_json"]
+
+IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_/-]*")
+MAX_KEY = 80  # bytes: key and member name then fit a plain ustar header
+
+
+@dataclass(slots=True)
+class Sample:
+    """`members` maps a name without its dot (`png`, `cls`, `utility.json`) to the bytes."""
+
+    key: str
+    members: dict[str, bytes]
+    origin: str = ""  # file and offset, for messages
+
+    def with_member(self, name: str, data: bytes) -> Sample:
+        """The same sample with one member more (or replaced); the others stay byte for byte."""
+        return Sample(self.key, {**self.members, name: data}, self.origin)
+
+    def parsed(self, name: str) -> dict[str, Any]:
+        """Member `name` as a JSON object; BadInput if it is missing or no object."""
+        try:
+            value = json.loads(self._member(name))
+        except ValueError:
+            raise self.bad(f"its {name} member is not JSON") from None
+        if not isinstance(value, dict):
+            raise self.bad(f"its {name} member is not a JSON object")
+        return value
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The `json` member ({} where there is none)."""
+        return self.parsed("json") if "json" in self.members else {}
+
+    @property
+    def label(self) -> int:
+        """The class index in `cls`."""
+        text = self._member("cls").strip()
+        if not text.isdigit() or len(text) > 9:
+            raise self.bad("its cls member is not a class number")
+        return int(text)
+
+    @property
+    def image(self) -> tuple[str, bytes]:
+        """(type, bytes) of the image member."""
+        for name in IMAGE_TYPES:
+            if name in self.members:
+                return name, self.members[name]
+        raise self.bad(f"it has no image member ({', '.join(IMAGE_TYPES)})")
+
+    def _member(self, name: str) -> bytes:
+        if name not in self.members:
+            raise self.bad(f"it has no {name} member")
+        return self.members[name]
+
+    def bad(self, why: str) -> BadInput:
+        """The error that says what is wrong with this sample and where it stands."""
+        where = f"{self.origin}: " if self.origin else ""
+        return BadInput(f"{where}sample {self.key}", why, "Repair or remove it, then run again.")
+
+
+def check_key(key: str) -> str:
+    """The key itself; ValueError where it breaks the contract of DESIGN section 4."""
+    if len(key) > MAX_KEY or not _KEY.fullmatch(key):
+        raise ValueError(f"bad key {key[:100]!r}")
+    return key
