@@ -103,20 +103,22 @@ def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-for _name, _function in (
-    ("pack", pack.pack),
-    ("invert", invert.invert),
-    ("generate", generate.generate),
-    ("pairs", pairs.pairs),
-    ("dpo", dpo.dpo),
-    ("ilpo", ilpo.ilpo),
-    ("eval", evaluate.evaluate),
-    ("lora", lora.lora),
-    ("view", view.view),
-    ("check", check.check),
-):
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pack": pack.pack,
+    "invert": invert.invert,
+    "generate": generate.generate,
+    "pairs": pairs.pairs,
+    "dpo": dpo.dpo,
+    "ilpo": ilpo.ilpo,
+    "eval": evaluate.evaluate,
+    "lora": lora.lora,
+    "view": view.view,
+    "check": check.check,
+}
+VALUE_COMMANDS: dict[str, Callable[..., None]] = {"train": value.train, "score": value.score}
+for _name, _function in COMMANDS.items():
     app.command(_name)(guard(_name, _function))
-for _name, _function in (("train", value.train), ("score", value.score)):
+for _name, _function in VALUE_COMMANDS.items():
     value_app.command(_name)(guard(f"value {_name}", _function))
 app.add_typer(value_app, name="value")
 

@@ -21,7 +21,7 @@ def _verbose(value: bool) -> bool:
 Shards = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SHARDS]...",
+        metavar="SHARDS",
         help="Shards: files, directories, brace patterns or `-`. Default: standard input.",
         show_default=False,
     ),

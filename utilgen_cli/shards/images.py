@@ -58,11 +58,11 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def encode_image(rgb: np.ndarray, format: str = "png") -> bytes:
     """uint8 [H, W, 3] as PNG (lossless), WebP (lossless) or JPEG (quality 95) bytes."""
-    out = io.BytesIO()
-    options = {
-        "png": {"format": "PNG", "compress_level": 6},
-        "webp": {"format": "WEBP", "lossless": True},
-        "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    }[format]
-    Image.fromarray(rgb).save(out, **options)
+    out, image = io.BytesIO(), Image.fromarray(rgb)
+    if format == "png":
+        image.save(out, "PNG", compress_level=6)
+    elif format == "webp":
+        image.save(out, "WEBP", lossless=True)
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0)
     return out.getvalue()

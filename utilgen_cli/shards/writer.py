@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,31 +35,24 @@ def sample_bytes(sample: Sample) -> bytes:
     )
 
 
-def write_tar(samples: Iterable[Sample], file: BinaryIO) -> int:
-    """Write a whole tar and return the number of samples. After an error there is no end mark."""
+def write_tar(
+    samples: Iterable[Sample], file: BinaryIO, seen: Callable[[Sample, bytes], None] | None = None
+) -> int:
+    """Write a whole tar and return the number of samples. After an error there is no end mark.
+
+    `seen` is told each sample and the bytes it became.
+    """
     size = count = 0
     for sample in samples:
         data = sample_bytes(sample)
+        if seen is not None:
+            seen(sample, data)
         file.write(data)
         size += len(data)
         count += 1
     file.write(END_MARK + bytes(-(size + len(END_MARK)) % RECORD))
     file.flush()
     return count
-
-
-class _Counted:
-    """Samples that pass through, with what the statistics file says of them."""
-
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        self.samples, self.digests = samples, {}  # type: tuple[Iterable[Sample], dict[str, str]]
-
-    def __iter__(self) -> Iterator[Sample]:
-        for sample in self.samples:
-            if sample.key in self.digests:
-                raise sample.bad("its key stands twice in the shard")
-            self.digests[sample.key] = hashlib.sha256(sample_bytes(sample)).hexdigest()
-            yield sample
 
 
 def stats_path(shard: Path) -> Path:
@@ -73,12 +66,17 @@ def write_shard(
     """Write a shard under a temporary name, fsync, rename; then its statistics."""
     start = time.monotonic()
     temporary = path.with_name(path.name + ".tmp")
-    counted = _Counted(samples)
+    digests: dict[str, str] = {}
+
+    def note(sample: Sample, data: bytes) -> None:
+        if sample.key in digests:
+            raise sample.bad("its key stands twice in the shard")
+        digests[sample.key] = hashlib.sha256(data).hexdigest()
+
     try:
         with temporary.open("wb") as raw:
             file = _Hashing(raw)
-            count = write_tar(counted, file)  # type: ignore[arg-type]
-            raw.flush()
+            count = write_tar(samples, file, note)  # type: ignore[arg-type]
             os.fsync(raw.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -86,10 +84,14 @@ def write_shard(
     temporary.replace(path)
     sync_directory(path.parent)
     stats = {
-        "samples": count, "bytes": file.size, "sha256": file.hash.hexdigest(),
-        "sample_sha256": counted.digests, "seconds": round(time.monotonic() - start, 3),
-        "utilgen": __version__, **facts(),
-    }  # fmt: skip
+        "samples": count,
+        "bytes": file.size,
+        "sha256": file.hash.hexdigest(),
+        "sample_sha256": digests,
+        "seconds": round(time.monotonic() - start, 3),
+        "utilgen": __version__,
+        **facts(),
+    }
     write_json(stats_path(path), stats)
     return count
 
