@@ -1,0 +1,205 @@
+"""The comparison of arms: equal, resumable, and blind to the test set until the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from utilgen_cli.classification import evaluation
+from utilgen_cli.classification.arms import at_volume, build_arms
+from utilgen_cli.classification.comparison import Comparison, Inputs, Protocol, compare_arms
+from utilgen_cli.classification.cost import generation_cost
+from utilgen_cli.classification.train import TrainConfig
+from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.errors import Stopped, UsageError
+from utilgen_cli.runtime.files import write_json
+from utilgen_cli.shards.operands import Source
+from utilgen_cli.shards.sample import Sample
+
+from .classification_toys import colour_images, shards_of
+
+PROTOCOL = Protocol(TrainConfig(steps=6, batch_size=8), seeds=2, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    root = tmp_path_factory.mktemp("sets")
+    wrong = colour_images(8, seed=4)
+    wrong.labels = (wrong.labels + 1) % 3
+    wrong.keys = [f"w{key}" for key in wrong.keys]
+    return Inputs(
+        shards_of(root / "real", colour_images(4)),
+        {"good": shards_of(root / "good", colour_images(8, seed=3)),
+         "wrong": shards_of(root / "wrong", wrong)},
+        shards_of(root / "test", colour_images(10, seed=8)),
+        shards_of(root / "val", colour_images(6, seed=5)),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return compare_arms(inputs, PROTOCOL, tmp_path_factory.mktemp("eval") / "runs")
+
+
+def test_arms_are_real_then_each_set_alone_then_each_joined(found: Comparison) -> None:
+    rows = [(a["name"], a["kind"], a["n_real"], a["n_synthetic"]) for a in found.summary["arms"]]
+    assert rows == [
+        ("real", "real", 12, 0),
+        ("good", "alone", 0, 24),
+        ("wrong", "alone", 0, 24),
+        ("real + good", "joint", 12, 24),
+        ("real + wrong", "joint", 12, 24),
+    ]
+
+
+def test_the_rows_follow_from_the_runs(found: Comparison) -> None:
+    base = found.summary["arms"][0]
+    assert "difference" not in base
+    for arm in found.summary["arms"]:
+        values = torch.tensor([run["accuracy"] for run in arm["runs"]], dtype=torch.float64)
+        assert arm["accuracy"]["mean"] == pytest.approx(values.mean().item())
+        assert arm["accuracy"]["std"] == pytest.approx(values.std().item())
+        assert {run["steps"] for run in arm["runs"]} == {6}
+        assert {run["n_test"] for run in arm["runs"]} == {30}
+        if arm is not base:
+            expected = arm["accuracy"]["mean"] - base["accuracy"]["mean"]
+            assert arm["difference"]["mean"] == pytest.approx(expected)
+
+
+def test_wrong_labels_show_in_every_figure_that_is_to_show_them(inputs: Inputs) -> None:
+    protocol = replace(PROTOCOL, config=TrainConfig(steps=60, batch_size=12))
+    found = compare_arms(inputs, protocol).summary
+    accuracy = {a["name"]: a["accuracy"]["mean"] for a in found["arms"]}
+    assert accuracy["good"] > 0.9 > 0.1 > accuracy["wrong"]
+    good, wrong = found["synthetic"]["good"], found["synthetic"]["wrong"]
+    assert good["agreement"] > 0.9 > 0.1 > wrong["agreement"]
+    assert good["influence"]["share"] > 0.6 > 0.3 > wrong["influence"]["share"]
+
+
+def test_the_same_comparison_gives_the_same_figures(inputs: Inputs, found: Comparison) -> None:
+    again = compare_arms(inputs, PROTOCOL)
+
+    def timeless(summary: dict[str, object]) -> str:
+        return json.dumps(summary, sort_keys=True, default=str).replace("seconds", "")
+
+    for one, two in zip(found.summary["arms"], again.summary["arms"], strict=True):
+        assert [r["per_class"] for r in one["runs"]] == [r["per_class"] for r in two["runs"]]
+        assert [r["nll"] for r in one["runs"]] == [r["nll"] for r in two["runs"]]
+    assert timeless(found.summary["synthetic"]) == timeless(again.summary["synthetic"])
+    assert found.influence == again.influence
+
+
+def test_the_test_set_is_opened_once_when_no_run_is_left_to_train(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Watched(Source):
+        def samples(self) -> Iterator[Sample]:
+            events.append("test")
+            return super().samples()
+
+    train = evaluation.train_classifier
+    monkeypatch.setattr(
+        evaluation, "train_classifier", lambda *a, **k: (events.append("train"), train(*a, **k))[1]
+    )
+    compare_arms(replace(inputs, test=Watched(inputs.test.paths)), PROTOCOL)
+    assert events == ["train"] * 10 + ["test"]
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Comparison
+) -> None:
+    train = evaluation.train_classifier
+    trained: list[int] = []
+
+    def counting(*args: object, **kwargs: object) -> object:
+        trained.append(1)
+        if len(trained) == 4:
+            signals._received.append(15)  # what the handler does
+        return train(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "train_classifier", counting)
+    monkeypatch.setattr(signals, "_received", [])
+    with pytest.raises(Stopped):
+        compare_arms(inputs, PROTOCOL, tmp_path / "runs")
+    signals._received.clear()
+    assert len(trained) == 4
+    whole = compare_arms(inputs, PROTOCOL, tmp_path / "runs")
+    assert len(trained) == 10
+    nll = [[r["nll"] for r in arm["runs"]] for arm in whole.summary["arms"]]
+    assert nll == [[r["nll"] for r in arm["runs"]] for arm in found.summary["arms"]]
+    more = compare_arms(inputs, replace(PROTOCOL, seeds=3), tmp_path / "runs")
+    assert len(trained) == 15  # one more seed: five more runs
+    assert len(more.summary["arms"][0]["runs"]) == 3
+
+
+def test_runs_are_never_mixed_with_those_of_another_test_set(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    compare_arms(replace(inputs, synthetic={}), PROTOCOL, tmp_path / "runs")
+    other = replace(inputs, synthetic={}, test=inputs.validation)
+    with pytest.raises(UsageError, match="test was"):
+        compare_arms(other, PROTOCOL, tmp_path / "runs")
+
+
+def test_selection_needs_validation_images_that_are_not_trained_on(inputs: Inputs) -> None:
+    selecting = replace(PROTOCOL, config=replace(PROTOCOL.config, validate_every=2))
+    with pytest.raises(UsageError, match="trained on"):
+        compare_arms(inputs, replace(selecting, validation_as_train=True))
+    with pytest.raises(UsageError, match="needs --val"):
+        compare_arms(replace(inputs, validation=None), selecting)
+    with pytest.raises(UsageError, match="no such arm"):
+        compare_arms(inputs, replace(PROTOCOL, baseline="best"))
+
+
+def test_validation_joins_the_real_share_of_all_arms_alike(inputs: Inputs) -> None:
+    found = compare_arms(inputs, replace(PROTOCOL, validation_as_train=True, seeds=1)).summary
+    assert [a["n_real"] for a in found["arms"]] == [30, 0, 0, 30, 30]
+    extractor = found["synthetic"]["good"]["distribution"]["extractor"]
+    assert extractor == "small-cnn trained on 12 real images"  # the probes never train on it
+
+
+def test_a_leak_is_reported(inputs: Inputs) -> None:
+    leaky = replace(inputs, validation=inputs.test)
+    leaks = compare_arms(leaky, replace(PROTOCOL, seeds=1)).summary["leaks"]
+    assert leaks["validation"]["same_pixels"] == leaks["validation"]["same_key"] == 30
+    assert leaks["real"]["same_pixels"] == 0
+
+
+def test_volumes_are_multiples_of_each_class(inputs: Inputs) -> None:
+    real, synthetic = colour_images(4), colour_images(8, seed=3)
+    cut = at_volume("good", synthetic, real, 1.5)
+    assert torch.bincount(cut.labels).tolist() == [6, 6, 6]
+    assert set(cut.keys) <= set(synthetic.keys)
+    with pytest.raises(UsageError, match="has 8 images of 'red', not 12"):
+        at_volume("good", synthetic, real, 3)
+    arms = build_arms(real, {"good": synthetic}, None, [1, 2])
+    assert [arm.name for arm in arms] == [
+        "real", "good x1", "good x2", "real + good x1", "real + good x2",
+    ]  # fmt: skip
+
+
+def test_the_cost_of_a_set_is_that_of_all_its_stages(tmp_path: Path) -> None:
+    drawn = shards_of(tmp_path / "drawn", colour_images(2))
+    scored = shards_of(tmp_path / "scored", colour_images(2))
+    for name, source, seconds in (("generate", drawn, 30), ("value score", scored, 6)):
+        directory = source.shards()[0].parent
+        stats = directory / "00000_stats.json"
+        write_json(stats, {**json.loads(stats.read_text()), "seconds": seconds})
+        before = [str(p) for p in drawn.shards()] if source is scored else None
+        write_json(directory / "settings.json", {"command": name, "input": before})
+    cost = generation_cost(scored.shards(), price_per_hour=100)
+    assert [(s["command"], s["seconds"]) for s in cost["stages"]] == [
+        ("value score", 6), ("generate", 30),
+    ]  # fmt: skip
+    assert (cost["seconds"], cost["images"], cost["price"]) == (36, 6, 1.0)
+    (tmp_path / "drawn" / "00000_stats.json").unlink()
+    assert generation_cost(drawn.shards()) == {
+        "seconds": None, "images": None, "price": None, "stages": [],
+    }  # fmt: skip

@@ -1,0 +1,110 @@
+"""Data: shards become the tensors that their images are; augmentation is what a loop would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utilgen_cli.classification import data as data_module
+from utilgen_cli.classification.data import (
+    augment,
+    load_images,
+    random_resized_crop,
+    shuffled_batches,
+)
+from utilgen_cli.runtime.errors import BadInput, NoInput
+from utilgen_cli.shards.operands import open_source
+from utilgen_cli.shards.writer import write_shard
+
+from .classification_toys import NAMES, colour_images, samples_of, shards_of
+
+
+def test_shards_come_back_as_the_images_they_hold(tmp_path: Path) -> None:
+    data = colour_images(4)
+    back = load_images(shards_of(tmp_path / "s", data), 16)
+    assert torch.equal(back.images, data.images)
+    assert torch.equal(back.labels, data.labels)
+    assert back.keys == data.keys
+    assert back.classes == NAMES
+
+
+def test_large_sets_in_a_mapped_file_equal_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = colour_images(6)
+    source = shards_of(tmp_path / "s", data)
+    monkeypatch.setattr(data_module, "IN_MEMORY", 5 * 3 * 16 * 16)
+    mapped = load_images(source, 16)
+    assert torch.equal(mapped.images, data.images)
+    assert torch.equal(mapped.subset([3, 1]).images, data.images[[3, 1]])
+
+
+def test_labels_and_names_must_be_those_of_the_task(tmp_path: Path) -> None:
+    source = shards_of(tmp_path / "s", colour_images(2))
+    with pytest.raises(BadInput, match="not one of the 2 classes"):
+        load_images(source, 16, NAMES[:2])
+    with pytest.raises(BadInput, match="'green' here and 'verde' before"):
+        load_images(source, 16, ["red", "verde", "blue"])
+
+
+def test_no_samples_is_no_input(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [])
+    with pytest.raises(NoInput):
+        load_images(open_source([str(tmp_path / "0.tar")]), 16)
+
+
+def test_samples_without_facts_are_named_by_their_label(tmp_path: Path) -> None:
+    samples = samples_of(colour_images(1))
+    for sample in samples:
+        del sample.members["json"]
+    write_shard(tmp_path / "0.tar", samples)
+    assert load_images(open_source([str(tmp_path / "0.tar")]), 16).classes == ["0", "1", "2"]
+
+
+@given(seed=st.integers(0, 99), pad=st.integers(0, 4))
+@settings(max_examples=20, deadline=None)
+def test_augmented_images_are_mirrored_crops_of_the_padded_ones(seed: int, pad: int) -> None:
+    images = torch.rand(5, 3, 8, 8)
+    out = augment(images, torch.Generator().manual_seed(seed), padding=pad)
+    for image, got in zip(images.numpy(), out.numpy(), strict=True):
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+        crops = [
+            padded[:, y : y + 8, x : x + 8] for y in range(2 * pad + 1) for x in range(2 * pad + 1)
+        ]
+        assert any(np.array_equal(got, c) or np.array_equal(got, c[:, :, ::-1]) for c in crops)
+
+
+def test_augmentation_moves_and_mirrors_and_follows_its_generator() -> None:
+    image = torch.rand(1, 3, 8, 8).expand(512, -1, -1, -1)
+    draw = [augment(image, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    assert len({d.numpy().tobytes() for d in draw[0]}) == 18  # 3 x 3 shifts, mirrored or not
+    plain = augment(image, torch.Generator().manual_seed(0), flip=False)
+    assert len({d.numpy().tobytes() for d in plain}) == 9
+
+
+def test_a_resized_crop_of_a_ramp_is_a_flatter_ramp() -> None:
+    ramp = torch.linspace(0, 1, 16).expand(32, 3, 16, 16)
+    out = random_resized_crop(ramp, torch.Generator().manual_seed(0))
+    steps = out[..., 1:-1].diff(dim=-1)
+    assert torch.allclose(steps, steps[..., :1].expand_as(steps), atol=1e-5)
+    assert torch.allclose(out, out[:, :, :1].expand_as(out), atol=1e-6)
+    slope = steps[:, 0, 0, 0]
+    assert (slope.abs() <= 1 / 15 + 1e-5).all()
+    assert (slope > 0).any()
+    assert (slope < 0).any()
+
+
+@given(n=st.integers(1, 20), size=st.integers(1, 30))
+@settings(deadline=None)
+def test_each_epoch_is_a_permutation(n: int, size: int) -> None:
+    batches = shuffled_batches(n, size, torch.Generator().manual_seed(0))
+    drawn = torch.cat([next(batches) for _ in range(2 + 3 * n // size)])
+    for epoch in drawn[: len(drawn) // n * n].view(-1, n):
+        assert sorted(epoch.tolist()) == list(range(n))

@@ -1,0 +1,126 @@
+"""Training: seeded to the bit, the same number of steps for all, weighted and mixed as said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utilgen_cli.classification.data import to_float
+from utilgen_cli.classification.metrics import accuracy
+from utilgen_cli.classification.models import build_classifier
+from utilgen_cli.classification.train import (
+    Batches,
+    TrainConfig,
+    learning_rate,
+    predict,
+    preset,
+    train_classifier,
+    weighted_loss,
+)
+from utilgen_cli.runtime.errors import UsageError
+
+from .classification_toys import colour_images
+
+QUICK = TrainConfig(steps=12, batch_size=12)
+
+
+def trained(seed: int, config: TrainConfig = QUICK, **kwargs: object) -> dict[str, torch.Tensor]:
+    model = build_classifier("small-cnn", 3, 16, seed=seed)
+    train_classifier(model, colour_images(8), config, seed=seed, **kwargs)  # type: ignore[arg-type]
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
+    one, two, other = trained(1), trained(1), trained(2)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_it_learns_what_can_be_learnt() -> None:
+    model = build_classifier("small-cnn", 3, 16)
+    train_classifier(model, colour_images(8), TrainConfig(steps=60, batch_size=12), seed=0)
+    test = colour_images(20, seed=9)
+    assert accuracy(predict(model, test.images), test.labels) > 0.95
+
+
+def test_every_set_is_trained_on_for_the_same_number_of_steps() -> None:
+    for n in (2, 30):
+        model = build_classifier("small-cnn", 3, 16)
+        calls: list[int] = []
+        model.register_forward_hook(lambda m, x, y, calls=calls: calls.append(len(y)))
+        train_classifier(model, colour_images(n), QUICK, seed=0)
+        assert calls == [12] * 12
+
+
+def test_samples_of_weight_zero_do_not_count() -> None:
+    logits = torch.randn(6, 3, requires_grad=True)
+    y, w = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1.0, 0, 2, 0, 0, 1])
+    [gradient] = torch.autograd.grad(weighted_loss(logits, y, w), logits)
+    p = logits.detach().softmax(1) - torch.nn.functional.one_hot(y, 3)
+    torch.testing.assert_close(gradient, p * (w / w.sum())[:, None])
+
+
+def test_weights_can_silence_wrong_labels() -> None:
+    data, weights = colour_images(8), torch.ones(24)
+    data.labels[::2] = (data.labels[::2] + 1) % 3
+    weights[::2] = 0
+    test, found = colour_images(20, seed=9), []
+    for w in (weights, None):
+        model = build_classifier("small-cnn", 3, 16)
+        config = TrainConfig(steps=60, batch_size=12)
+        train_classifier(model, data, config, seed=0, weights=w)
+        found.append(accuracy(predict(model, test.images), test.labels))
+    assert found[0] > 0.95 > found[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_joint_batch_has_the_real_share_that_was_asked_for(share: float) -> None:
+    real, synthetic = colour_images(4), colour_images(9)
+    real.images.fill_(10)
+    synthetic.images.fill_(200)
+    config = TrainConfig(batch_size=12, augment=False, real_share=share)
+    for _, (x, _, _) in zip(range(4), Batches(real, config, 0, mix=synthetic), strict=False):
+        assert x.shape[0] == 12
+        assert (x[:, 0, 0, 0] < 0.5).sum() == round(12 * share)
+
+
+def test_the_best_validation_step_is_kept() -> None:
+    validation = colour_images(10, seed=3)
+    validation.labels = torch.zeros_like(validation.labels)  # good only before anything is learnt
+    config = TrainConfig(steps=40, batch_size=12, validate_every=4)
+    model = build_classifier("small-cnn", 3, 16, seed=0)
+    result = train_classifier(model, colour_images(8), config, seed=0, validation=validation)
+    best = max(result.history, key=lambda look: look["accuracy"])
+    assert result.selected_step == best["step"]
+    kept = accuracy(predict(model, validation.images), validation.labels)
+    assert kept == pytest.approx(best["accuracy"])
+    assert len(result.history) == 10
+
+
+def test_without_looks_the_last_step_is_kept() -> None:
+    model = build_classifier("small-cnn", 3, 16)
+    result = train_classifier(model, colour_images(4), QUICK, seed=0, validation=colour_images(2))
+    assert (result.selected_step, result.history) == (12, [])
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    config = TrainConfig(steps=100, lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_prediction_does_not_depend_on_the_batch_size() -> None:
+    model, data = build_classifier("small-cnn", 3, 16), colour_images(5)
+    whole = predict(model, data.images)
+    torch.testing.assert_close(predict(model, data.images, batch_size=4), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(to_float(data.images)), whole)
+
+
+def test_presets_take_changes_and_refuse_unknown_names() -> None:
+    assert preset("torchvision-v1", steps=7, lr=None).steps == 7
+    assert preset("torchvision-v1", lr=None).lr == 0.1
+    with pytest.raises(UsageError, match="--preset"):
+        preset("best")

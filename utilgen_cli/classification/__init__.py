@@ -1,0 +1,1 @@
+"""Downstream classifiers: models, data, training, metrics, influence and the evaluation."""

@@ -1,0 +1,115 @@
+"""Why a synthetic set helps or not, as classifiers see it that were trained on real images only.
+
+Fidelity (do the probes agree with the labels?), distribution and influence are three different
+things and are reported as three. Test images have no part in any of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.files import write_json
+from .arms import digest_images
+from .data import LabelledImages
+from .distribution import compare
+from .evaluation import Run, weights_path
+from .influence import direction, positive_share, temperature
+from .models import Classifier, load_classifier
+from .train import extract_features
+
+
+@dataclass
+class Probe:
+    """One real-trained classifier and how it sees the reference set."""
+
+    model: Classifier
+    reference: Tensor  # features [V, D]
+    s: Tensor  # direction of influence [C, D+1]
+
+    def see(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
+        """(features [N, D], logits [N, C])."""
+        return see(self.model, data)
+
+
+@torch.no_grad()
+def _calibrate(model: Classifier, reference: LabelledImages) -> None:
+    """Divide the head by its temperature.
+
+    A few-shot classifier is overconfident, so that anything that lowers its confidence, a false
+    label too, would lower the validation loss and count as helpful.
+    """
+    t = temperature(see(model, reference)[1], reference.labels)
+    model.head.weight /= t
+    model.head.bias /= t
+
+
+@torch.no_grad()
+def see(model: Classifier, data: LabelledImages) -> tuple[Tensor, Tensor]:
+    """(features [N, D], logits [N, C]) of a set, on the CPU in fp32."""
+    features = extract_features(model, data.images)
+    head = model.head
+    return features, torch.nn.functional.linear(features, head.weight.cpu(), head.bias.cpu())
+
+
+class Analyst:
+    """Judges synthetic sets with probes; each judgement is kept in `directory` by its content.
+
+    `reference` is the validation set: real images on which the probes were not trained.
+    """
+
+    def __init__(
+        self, probes: Sequence[Run], directory: Path, real: LabelledImages,
+        reference: LabelledImages, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.runs, self.directory, self.device = probes, directory, device
+        self.real, self.reference = real, reference
+        self._probes: list[Probe] = []
+
+    def analyse(self, synthetic: LabelledImages) -> dict[str, Any]:
+        """`agreement`, `distribution` and `influence` (with the `values` a key) of a set."""
+        path = self.directory / f"analysis-{self._code(synthetic)}.json"
+        if not path.exists():
+            write_json(path, self._judge(synthetic))
+        return json.loads(path.read_text())
+
+    def _code(self, synthetic: LabelledImages) -> str:
+        parts = [run.name for run in self.runs]
+        parts += [digest_images(d) for d in (synthetic, self.reference, self.real)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def _judge(self, synthetic: LabelledImages) -> dict[str, Any]:
+        probes = self._load()
+        seen = [probe.see(synthetic) for probe in probes]
+        features, logits = [f for f, _ in seen], [z for _, z in seen]
+        votes = torch.stack([z.softmax(1) for z in logits]).mean(0).argmax(1)
+        arch = self.runs[0].arch
+        return {
+            "agreement": (votes == synthetic.labels).double().mean().item(),
+            "distribution": compare(
+                probes[0].reference, self.reference.labels, features[0], synthetic.labels,
+                f"{arch} trained on {len(self.real)} real images",
+            ),
+            "influence": positive_share(
+                features, logits, synthetic.labels, [probe.s for probe in probes]
+            ),
+        }  # fmt: skip
+
+    def _load(self) -> list[Probe]:
+        if not self._probes:
+            self._probes = [self._probe(run) for run in self.runs]
+        return self._probes
+
+    def _probe(self, run: Run) -> Probe:
+        model = load_classifier(weights_path(self.directory, run)).to(self.device)
+        _calibrate(model, self.reference)
+        features, logits = see(model, self.reference)
+        s = direction(see(model, self.real), (features, logits, self.reference.labels))
+        return Probe(model, features, s)

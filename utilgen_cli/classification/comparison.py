@@ -1,0 +1,206 @@
+"""`compare_arms`: from shards to the versioned result of `utilgen eval`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..runtime.errors import UsageError
+from ..runtime.output import OutputDirectory
+from ..runtime.progress import Progress, silent
+from .analysis import Analyst
+from .arms import REAL, Arm, build_arms, digest_shards
+from .cost import generation_cost
+from .data import LabelledImages, load_images
+from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
+from .leaks import Prints, find_leaks
+from .summary import summarise
+from .train import TrainConfig
+
+if TYPE_CHECKING:
+    from ..shards.operands import Source
+
+SCHEMA = "utilgen.eval/1"
+
+
+@dataclass
+class Inputs:
+    """Where the images lie."""
+
+    real: Source
+    synthetic: Mapping[str, Source]
+    test: Source
+    validation: Source | None = None
+
+
+@dataclass
+class Protocol:
+    """How the arms are compared."""
+
+    config: TrainConfig
+    archs: Sequence[str] = ("small-cnn",)
+    seeds: int = 5
+    image_size: int = 32
+    times: Sequence[float] = ()
+    baseline: str = "real"
+    validation_as_train: bool = False
+    pretrained: bool = False
+    price_per_hour: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass
+class Comparison:
+    """`summary` is what `--json` prints; `influence` has the value of each key of each set."""
+
+    summary: dict[str, Any]
+    influence: dict[str, dict[str, float]]
+
+
+def compare_arms(
+    inputs: Inputs,
+    protocol: Protocol,
+    directory: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Comparison:
+    """Train all arms, look at the synthetic sets, and only then test each classifier once.
+
+    With `directory` every finished run is kept, and a stopped evaluation goes on there. The
+    directory is bound to the test set by its hash: it never mixes the results of two.
+    """
+    with ExitStack() as stack:
+        test_hash = digest_shards(inputs.test.shards())
+        if directory is None:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="utilgen-eval-")))
+        else:
+            stack.enter_context(OutputDirectory(directory, "eval", {"test": test_hash}, overwrite))
+        return _compare(inputs, protocol, directory, test_hash, progress)
+
+
+def _compare(
+    inputs: Inputs, protocol: Protocol, directory: Path, test_hash: str, progress: Progress
+) -> Comparison:
+    size = protocol.image_size
+    real = load_images(inputs.real, size, progress=progress)
+    load = partial(load_images, size=size, classes=real.classes, progress=progress)
+    validation = load(inputs.validation) if inputs.validation else None
+    synthetic = {name: load(source) for name, source in inputs.synthetic.items()}
+    _check_protocol(protocol, real, validation)
+    as_train = validation if protocol.validation_as_train else None
+    arms = build_arms(real, synthetic, as_train, protocol.times)
+    _check_baseline(protocol.baseline, arms)
+    runs, probes = _plan(protocol, arms, real)
+    trainer = Trainer(protocol.config, size, protocol.device, protocol.pretrained, validation)
+    train_runs([*runs, *probes], trainer, directory, progress)
+    analyses = {}
+    if validation is not None:
+        analyst = Analyst(probes, directory, real, validation, protocol.device)
+        analyses = {name: analyst.analyse(data) for name, data in synthetic.items()}
+    # Nothing below trains or chooses: the test set is opened here, once.
+    test = load(inputs.test)
+    keep = frozenset(run.name for run in probes)
+    judge_runs(runs, lambda: test, directory, protocol.device, keep, progress)
+    prints = Prints.of(test)
+    sets = {"real": real, "validation": validation, **synthetic}
+    leaks = {name: find_leaks(data, prints) for name, data in sets.items() if data is not None}
+    influence = {
+        name: dict(zip(synthetic[name].keys, a["influence"].pop("values"), strict=True))
+        for name, a in analyses.items()
+    }
+    summary = {
+        "schema": SCHEMA,
+        "utilgen": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "protocol": _protocol_facts(protocol),
+        "data": _data_facts(inputs, {**sets, "test": test}, test_hash),
+        "leaks": leaks,
+        **summarise(list(results(runs, directory)), real.classes, protocol.baseline),
+        "synthetic": _synthetic_facts(inputs, synthetic, analyses, protocol.price_per_hour),
+    }
+    return Comparison(json.loads(json.dumps(summary)), influence)
+
+
+def _plan(protocol: Protocol, arms: list[Arm], real: LabelledImages) -> tuple[list[Run], list[Run]]:
+    """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
+    context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
+               "device": protocol.device.type}  # fmt: skip
+    seeds = range(protocol.seeds)
+    runs = plan_runs(arms, protocol.archs, seeds, protocol.config, context)
+    probe = Arm("real", REAL, real)
+    probes = plan_runs([probe], protocol.archs[:1], seeds, protocol.config, context)
+    return runs, probes
+
+
+def _check_protocol(
+    protocol: Protocol, real: LabelledImages, validation: LabelledImages | None
+) -> None:
+    if protocol.config.validate_every and validation is None:
+        raise UsageError("--validate-every", "needs --val", "Name the validation shards.")
+    if protocol.config.validate_every and protocol.validation_as_train:
+        raise UsageError(
+            "--validate-every", "cannot select on validation images that are trained on",
+            "Leave out one of --validate-every and --val-as-train.",
+        )  # fmt: skip
+    if protocol.validation_as_train and validation is None:
+        raise UsageError("--val-as-train", "needs --val", "Name the validation shards.")
+
+
+def _check_baseline(baseline: str, arms: Sequence[Arm]) -> None:
+    names = [arm.name for arm in arms]
+    if baseline not in names:
+        raise UsageError(f"--baseline {baseline}", "no such arm", f"Arms: {', '.join(names)}.")
+
+
+def _protocol_facts(protocol: Protocol) -> dict[str, Any]:
+    selected = f"best of every {protocol.config.validate_every} steps on validation"
+    return {
+        "archs": list(protocol.archs),
+        "seeds": protocol.seeds,
+        "image_size": protocol.image_size,
+        "times": list(protocol.times),
+        "baseline": protocol.baseline,
+        "validation_as_train": protocol.validation_as_train,
+        "pretrained": protocol.pretrained,
+        "selection": selected if protocol.config.validate_every else "last step",
+        "price_per_hour": protocol.price_per_hour,
+        "device": str(protocol.device),
+        "train": protocol.config.facts(),
+    }
+
+
+def _data_facts(
+    inputs: Inputs, sets: Mapping[str, LabelledImages | None], test_hash: str
+) -> dict[str, Any]:
+    sources = {"real": inputs.real, "validation": inputs.validation, **inputs.synthetic}
+    hashes = {name: digest_shards(s.shards()) for name, s in sources.items() if s is not None}
+    return {
+        name: {
+            "images": len(data),
+            "per_class": torch.bincount(data.labels, minlength=len(data.classes)).tolist(),
+            "sha256": test_hash if name == "test" else hashes[name],
+        }
+        for name, data in sets.items()
+        if data is not None
+    }
+
+
+def _synthetic_facts(
+    inputs: Inputs,
+    synthetic: Mapping[str, LabelledImages],
+    analyses: Mapping[str, dict[str, Any]],
+    price: float | None,
+) -> dict[str, Any]:
+    cost = {n: generation_cost(inputs.synthetic[n].shards(), price) for n in synthetic}
+    return {name: {**analyses.get(name, {}), "cost": cost[name]} for name in synthetic}

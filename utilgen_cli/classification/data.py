@@ -1,0 +1,187 @@
+"""Labelled images for training: each shard is read once, each image decoded once into uint8."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.errors import BadInput, NoInput
+from ..runtime.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ..shards.operands import Source
+    from ..shards.sample import Sample
+
+IN_MEMORY = 1 << 30  # bytes of pixels; beyond it they live in an unlinked temporary file
+
+
+@dataclass
+class LabelledImages:
+    """A labelled set: images uint8 [N, 3, S, S], labels int64 [N], keys [N], class names."""
+
+    images: Tensor
+    labels: Tensor
+    keys: list[str]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor | Sequence[int]) -> LabelledImages:
+        """The samples at `index`, in that order."""
+        at = torch.as_tensor(index, dtype=torch.long)
+        keys = [self.keys[i] for i in at.tolist()]
+        return replace(self, images=self.images[at], labels=self.labels[at], keys=keys)
+
+
+def concatenate(sets: Sequence[LabelledImages]) -> LabelledImages:
+    """Join sets of the same image size and classes, in order."""
+    first = sets[0]
+    if any(s.classes != first.classes for s in sets):
+        raise BadInput("data", "the sets have different classes", "Use shards of one task.")
+    return LabelledImages(
+        torch.cat([s.images for s in sets]),
+        torch.cat([s.labels for s in sets]),
+        [key for s in sets for key in s.keys],
+        first.classes,
+    )
+
+
+def load_images(
+    source: Source,
+    size: int,
+    classes: list[str] | None = None,
+    progress: Progress = silent,
+) -> LabelledImages:
+    """Read every sample of `source`, its image resized to [3, size, size].
+
+    Without `classes` the names come from the samples' `json` (the label as text where it is
+    silent). With them a label or a name that disagrees raises BadInput; no samples at all, NoInput.
+    """
+    from ..shards.images import decode_rgb
+
+    pixels, labels, keys = _Pixels(size), [], []
+    names: dict[int, str] = dict(enumerate(classes or []))
+    with progress("read", None) as task:
+        for sample in source.samples():
+            _check_label(sample, names, fixed=classes is not None)
+            pixels.append(decode_rgb(sample, size))
+            labels.append(sample.label)
+            keys.append(sample.key)
+            task.advance()
+    if not labels:
+        raise NoInput("shards", "no samples in them", "Name shards made by utilgen pack.")
+    return LabelledImages(
+        pixels.tensor(),
+        torch.tensor(labels, dtype=torch.int64),
+        keys,
+        [names.get(i, str(i)) for i in range(max(names) + 1)],
+    )
+
+
+def _check_label(sample: Sample, names: dict[int, str], fixed: bool) -> None:
+    label = sample.label
+    if label < 0 or (fixed and label not in names):
+        raise BadInput(
+            sample.key, f"label {label} is not one of the {len(names)} classes",
+            "All shards of a task need the same classes.",
+        )  # fmt: skip
+    name = str(sample.facts.get("class_name", names.get(label, label)))
+    if names.setdefault(label, name) != name:
+        raise BadInput(
+            sample.key, f"class {label} is {name!r} here and {names[label]!r} before",
+            "All shards of a task need the same classes.",
+        )  # fmt: skip
+
+
+class _Pixels:
+    """uint8 pixels that grow in memory up to IN_MEMORY bytes, then in a temporary file."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.count = size, 0
+        self.chunks: list[bytes] = []
+        self.file: tempfile._TemporaryFileWrapper[bytes] | None = None
+
+    def append(self, rgb_hwc: np.ndarray) -> None:
+        data = np.ascontiguousarray(rgb_hwc.transpose(2, 0, 1)).tobytes()
+        self.count += 1
+        if self.file is None and self.count * len(data) > IN_MEMORY:
+            self.file = tempfile.NamedTemporaryFile(prefix="utilgen-", suffix=".pixels")  # noqa: SIM115
+            self.file.write(b"".join(self.chunks))
+            self.chunks = []
+        self.file.write(data) if self.file else self.chunks.append(data)
+
+    def tensor(self) -> Tensor:
+        shape = (self.count, 3, self.size, self.size)
+        if self.file is None:
+            return torch.frombuffer(bytearray(b"".join(self.chunks)), dtype=torch.uint8).view(shape)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        count = self.count * 3 * self.size * self.size
+        mapped = torch.from_file(self.file.name, shared=False, size=count, dtype=torch.uint8)
+        self.file.close()  # the mapping keeps the unlinked file alive
+        return mapped.view(shape)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] to float in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+def augment(
+    images_bchw: Tensor, generator: torch.Generator, flip: bool = True, padding: int | None = None
+) -> Tensor:
+    """Random crop of zero-padded images and random mirror, one draw an image.
+
+    `padding` is in pixels a side (default an eighth of the side). The draws come from the CPU
+    `generator`, so that a batch looks the same on every device.
+    """
+    b, _, h, w = images_bchw.shape
+    pad = h // 8 if padding is None else padding
+    dy, dx = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
+    mirrored = torch.rand(b, 1, generator=generator) < 0.5
+    rows, cols = dy + torch.arange(h), dx + torch.arange(w)  # [B, H], [B, W]
+    if flip:
+        cols = torch.where(mirrored, cols.flip(1), cols)
+    rows, cols = rows.to(images_bchw.device), cols.to(images_bchw.device)
+    padded = F.pad(images_bchw, (pad,) * 4)
+    image = torch.arange(b, device=padded.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_resized_crop(
+    images_bchw: Tensor, generator: torch.Generator, scale: tuple[float, float] = (0.08, 1.0)
+) -> Tensor:
+    """Inception-style crop: area share in `scale`, aspect ratio in [3/4, 4/3], mirror; same size.
+
+    Bilinear, one draw an image from the CPU `generator`.
+    """
+    b = len(images_bchw)
+    u = torch.rand(5, b, generator=generator)
+    area = scale[0] + (scale[1] - scale[0]) * u[0]
+    ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(4 / 3)))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    x0, y0 = (2 * u[2] - 1) * (1 - width), (2 * u[3] - 1) * (1 - height)
+    width = torch.where(u[4] < 0.5, -width, width)
+    zero = torch.zeros(b)
+    theta = torch.stack([width, zero, x0, zero, height, y0], 1).view(b, 2, 3)
+    grid = F.affine_grid(theta.to(images_bchw.device), list(images_bchw.shape), align_corners=False)
+    return F.grid_sample(images_bchw, grid, padding_mode="reflection", align_corners=False)
+
+
+def shuffled_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless index batches [batch_size]: epoch after epoch, each a permutation of range(n)."""
+    pool = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(pool) < batch_size:
+            pool = torch.cat([pool, torch.randperm(n, generator=generator)])
+        yield pool[:batch_size]
+        pool = pool[batch_size:]

