@@ -1,0 +1,125 @@
+"""`utilgen dpo` and `utilgen lora` on the command line: files, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from utilgen_cli.diffusion.finetune_config import (
+    FinetuneConfig,
+    make_optimizer,
+    schedule_factor,
+)
+from utilgen_cli.diffusion.preference_run import PreferenceConfig
+from utilgen_cli.runtime.errors import UsageError, UtilgenError
+
+from .conftest import Run, tar_bytes
+from .random_bundle import CLASSES, make_bundle
+from .test_preference_training import LORA, pairs, shots
+
+QUICK = ["--steps", "2", "--batch-size", "2"]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle")
+
+
+def test_dpo_reads_a_pipe_and_prints_its_directory(
+    utilgen: Run, bundle: Path, tmp_path: Path
+) -> None:
+    done = utilgen("dpo", "-m", bundle, *QUICK, "-o", "round1", input=tar_bytes(pairs(16)))
+    assert done.stdout == b"round1\n"
+    assert b"of 2 held-out pairs are ranked right" in done.stderr
+    names = {path.name for path in (tmp_path / "round1").iterdir()}
+    assert names == {".lock", "settings.json", "dpo.json", LORA}
+    again = utilgen("dpo", "-m", bundle, *QUICK, "-o", "round1", "--json", input=b"")
+    assert json.loads(again.stdout)["pairs"] == 16
+
+
+def test_a_broken_pipe_leaves_nothing_that_looks_done(
+    utilgen: Run, bundle: Path, tmp_path: Path
+) -> None:
+    whole = tar_bytes(pairs(16))
+    cut = whole[:-10240]  # all members, no end mark
+    done = utilgen("dpo", "-m", bundle, *QUICK, "-o", "cut", input=cut, check=False)
+    assert done.returncode == 65, done.stderr.decode()
+    assert not {LORA, "dpo.json"} & {path.name for path in (tmp_path / "cut").iterdir()}
+
+
+def test_an_error_is_one_line_before_any_work(utilgen: Run, bundle: Path) -> None:
+    done = utilgen("dpo", "-m", bundle, "-o", "out", "--loss", "best", input=b"", check=False)
+    assert done.returncode == 2 and done.stdout == b""
+    line = "utilgen: dpo: --loss best: unknown. Use one of dpo, ipo, kto.\n"
+    assert done.stderr.decode() == line
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "says"),
+    [
+        ({"reference": "previous"}, 2, "Add --init."),
+        ({"reference": "x"}, 2, "Use one of base, previous."),
+        ({"beta": 0.0}, 2, "--beta 0.0: must be positive."),
+        ({"init": Path("nowhere")}, 66, "--init nowhere: no such directory."),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], code: int, says: str) -> None:
+    with pytest.raises(UtilgenError, match=re.escape(says)) as caught:
+        PreferenceConfig("tiny", **settings)
+    assert caught.value.exit_code == code
+
+
+def test_schedules_and_optimisers_that_are_not_there() -> None:
+    with pytest.raises(UsageError, match="Use one of adamw, adamw8bit"):
+        FinetuneConfig(optimizer="lion")
+    with pytest.raises(UsageError, match="must be positive"):
+        FinetuneConfig(learning_rate=0.0)
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(UsageError, match="--schedule x: unknown"):
+        schedule_factor(torch.optim.AdamW(weights), FinetuneConfig(schedule="x"))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UsageError, match="pip install bitsandbytes"):
+            make_optimizer(weights, FinetuneConfig(optimizer="adamw8bit"))
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    utilgen: Run, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.tar").write_bytes(tar_bytes(pairs(16)))
+    arguments = ["dpo", "pairs.tar", "-m", str(bundle), "--steps", "60", "--batch-size", "2"]
+    utilgen(*arguments, "-o", "whole")
+    command = [sys.executable, "-m", "utilgen_cli", *arguments, "-o", "stopped"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "dpo: 0/60" not in process.stderr.readline():
+        pass
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75, said
+    assert "SIGTERM" in said and "Run the same command again" in said
+    assert (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "stopped" / "dpo.json").exists()
+    utilgen(*arguments, "-o", "stopped")
+    assert (tmp_path / "stopped" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
+
+
+def test_lora_writes_what_dpo_begins_from(utilgen: Run, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.tar").write_bytes(tar_bytes(shots()))
+    done = utilgen("lora", "real.tar", "-m", bundle, *QUICK, "-o", "lora")
+    assert done.stdout == b"lora\n" and b"6 images of 3 classes" in done.stderr
+    assert json.loads((tmp_path / "lora" / "lora.json").read_text())["adapters"] == ["."]
+    stream = tar_bytes(pairs(4))
+    utilgen("dpo", "-m", bundle, "--init", "lora", *QUICK, "-o", "dpo", input=stream)
+    drawn = utilgen("generate", "-m", bundle, "--adapter", "dpo", "--steps", "2")
+    assert drawn.stdout.count(b".png") == len(CLASSES)

@@ -1,0 +1,145 @@
+"""`utilgen ilpo` from the outside: shards, pairing with generate, replay, resume, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Run, make_sample, tar_bytes
+from tests.policy_parts import make_clip, make_value
+from tests.random_bundle import make_bundle
+from utilgen_cli.commands.ilpo import ilpo
+from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+
+COMMON = ["--iterations", "1", "--population", "2", "--search-steps", "2", "-q"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Path:
+    """A directory with a random bundle, open_clip model, value model and real shots."""
+    make_bundle(tmp_path / "bundle")
+    make_clip(tmp_path / "clip")
+    make_value(tmp_path / "value")
+    shots = [make_sample(10 * i + c, c, 16) for c in range(3) for i in range(2)]
+    named = [s.with_member("json", json.dumps({"class_name": n}).encode())
+             for s, n in zip(shots, [n for n in ("dress", "bag", "ankle boot") for _ in range(2)], strict=True)]  # fmt: skip
+    (tmp_path / "real.tar").write_bytes(tar_bytes(named))
+    return tmp_path
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """Members by name."""
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)), dtype=int)
+
+
+def test_ilpo_draws_learns_replays_and_resumes(bench: Path, utilgen: Run) -> None:
+    """One story: learn and draw; replay with `generate --policy`; a rerun does nothing again."""
+    options = ["-m", "bundle", "--clip", "clip", "--per-class", 3, "--shard-size", 6, *COMMON]
+    done = utilgen("ilpo", *options, "--real", "real.tar", "--set-term", "gradient-match",
+                   "-o", "best", "--save-policy", "policy", "--json")  # fmt: skip
+    assert done.stdout == b""
+    summary = json.loads(done.stderr.decode().splitlines()[-1])
+    assert summary["samples"] == 9
+    assert {"fidelity_clip", "fidelity_classifier", "gradient_match"} <= set(summary["after"])
+    assert (
+        summary["sampling_unet_latents"] <= 4 * 2 * 16 * 4
+    )  # 4 times plain: tiles of 8, CFG, 4 steps
+
+    best = {**read(bench / "best/00000.tar"), **read(bench / "best/00001.tar")}
+    assert [n for n in best if n.startswith("0000-000000")] == [
+        f"0000-000000.{m}" for m in ("png", "cls", "json")
+    ]
+    facts = json.loads(best["0002-000001.json"])
+    assert (facts["source"], facts["member"], facts["class_name"]) == ("ilpo", 1, "ankle boot")
+
+    utilgen("generate", "-m", "bundle", "--policy", "policy", "--per-class", 3, "-q", "-o", "again")
+    again = read(bench / "again/00000.tar")
+    images = [name for name in best if name.endswith("png")]
+    assert sorted(images) == sorted(n for n in again if n.endswith("png"))
+    assert all(best[name] == again[name] for name in images)
+
+    shard, policy = bench / "best/00001.tar", bench / "policy/policy.json"
+    written, learnt = shard.stat().st_mtime_ns, policy.stat().st_mtime_ns
+    (bench / "best/00000.tar").unlink()
+    rerun = ["ilpo", *options, "--real", "real.tar", "--set-term", "gradient-match", "-o", "best",
+             "--save-policy", "policy"]  # fmt: skip
+    utilgen(*rerun)
+    assert (shard.stat().st_mtime_ns, policy.stat().st_mtime_ns) == (written, learnt)
+    assert read(bench / "best/00000.tar").items() <= best.items()
+    other = utilgen(*rerun, "--clip-weight", "2", check=False)
+    assert other.returncode == 2
+    assert b"other settings" in other.stderr
+
+
+def test_without_optimisation_it_is_generate(bench: Path, utilgen: Run) -> None:
+    """No iterations, one prompt, noise untouched: the same noise and pictures as `generate`."""
+    utilgen("generate", "-m", "bundle", "--per-class", 1, "--seed", 5, "-q", "-o", "plain")
+    utilgen("ilpo", "-m", "bundle", "--clip", "clip", "--per-class", 1, "--seed", 5, "-q", "--iterations",
+            0, "--population", 1, "--noise", "none", "-o", "same")  # fmt: skip
+    plain, same = read(bench / "plain/00000.tar"), read(bench / "same/00000.tar")
+    assert list(plain) == list(same)
+    for name in plain:
+        if name.endswith("png"):
+            assert np.abs(pixels(plain[name]) - pixels(same[name])).max() <= 1
+
+
+def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> None:
+    done = utilgen("ilpo", "-m", "bundle", "--clip", "clip", "--smoke", "--parameters", "tokens",
+                   "--noise", "full", "--objective", "entropy", "--grad-steps", "last:1")  # fmt: skip
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert len(tar.getnames()) == 9
+    assert b"label fidelity on held-out noise" in done.stderr
+    assert b"U-Net latents" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"grad_steps": "first"}, UsageError, "last:K"),
+        ({"set_term": "coverage"}, UsageError, "--real"),
+        ({"set_term": "luck"}, UsageError, "gradient-match"),
+        ({"noise": "loud"}, UsageError, "zigzag"),
+        ({"parameters": "words"}, UsageError, "tokens"),
+        ({"objective": "beauty"}, UsageError, "MODULE:FUNCTION"),
+        ({"value": Path("nowhere")}, NoInput, "value train"),
+        ({"value": Path("other")}, BadInput, "other classes"),
+        ({"clip": "no-such-clip"}, NoInput, "open_clip"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_shard(
+    bench: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], kind: type, says: str
+) -> None:
+    monkeypatch.chdir(bench)
+    make_value(bench / "other", classes=["a", "b"])
+    with pytest.raises(kind, match=says) as caught:
+        ilpo(**{"model": "bundle", "clip": "clip", "output": "best", "quiet": True, **options})
+    assert "\n" not in str(caught.value)
+    assert not list(bench.glob("best/*.tar*"))
+
+
+def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:
+    """With stdout a terminal it refuses at once: the model it names is not even looked for."""
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "utilgen_cli", "ilpo", "-m", "no-such-model"]
+    done = subprocess.run(
+        command, stdout=terminal, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=bench
+    )
+    os.close(terminal)
+    os.close(main)
+    assert done.returncode == 2
+    assert b"terminal" in done.stderr

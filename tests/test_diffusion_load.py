@@ -1,0 +1,268 @@
+"""What is loaded is what diffusers loads, and nothing hostile or broken gets further than one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from utilgen_cli.diffusion import ddim
+from utilgen_cli.diffusion.adapters import fuse_adapters
+from utilgen_cli.diffusion.bundle import parse_classes, read_defaults
+from utilgen_cli.diffusion.load import LatentDiffusion, class_names, class_prompts, load_model
+from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+
+from .random_bundle import CLASSES, SIZE, make_bundle, make_unet
+
+ITEMS = [(0, 0), (1, 0), (2, 1)]
+PROMPTS = [f"a photo of a {name}" for name in CLASSES]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def adapters(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRA directories with random weights, written by diffusers."""
+    root = tmp_path_factory.mktemp("adapters")
+    parts = {"unet": ["unet"], "text": ["text_encoder"], "both": ["unet", "text_encoder"]}
+    for seed, (name, modules) in enumerate(parts.items()):
+        write_lora(bundle, root / name, modules, seed)
+    return {name: root / name for name in parts}
+
+
+def write_lora(bundle: Path, out: Path, modules: list[str], seed: int) -> None:
+    torch.manual_seed(seed)
+    pipe = StableDiffusionPipeline.from_pretrained(bundle)
+    targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "v_proj"]}
+    states = {}
+    for name in modules:
+        module = getattr(pipe, name)
+        config = LoraConfig(
+            r=2, lora_alpha=4, target_modules=targets[name], init_lora_weights=False
+        )
+        module.add_adapter(config)
+        states[name] = get_peft_model_state_dict(module)
+    StableDiffusionPipeline.save_lora_weights(
+        out, unet_lora_layers=states.get("unet"),
+        text_encoder_lora_layers=states.get("text_encoder"),
+        unet_lora_adapter_metadata={"r": 2, "lora_alpha": 4, "target_modules": targets["unet"]}
+        if "unet" in states else None,
+        text_encoder_lora_adapter_metadata={
+            "r": 2, "lora_alpha": 4, "target_modules": targets["text_encoder"]
+        } if "text_encoder" in states else None,
+    )  # fmt: skip
+
+
+def draw(model: LatentDiffusion) -> torch.Tensor:
+    with torch.no_grad():
+        cond, uncond = model.encode_prompts(PROMPTS), model.encode_prompts([""])
+        noise = ddim.initial_noise(model, 0, ITEMS)
+        return model.decode(ddim.sample(model, noise, cond, uncond, 4, 3.0)) * 255
+
+
+def draw_with_diffusers(pipe: StableDiffusionPipeline, model: LatentDiffusion) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        PROMPTS, num_inference_steps=4, guidance_scale=3.0, height=SIZE, width=SIZE,
+        latents=ddim.initial_noise(model, 0, ITEMS), output_type="pt",
+    ).images  # fmt: skip
+    return images * 255
+
+
+def test_a_bundle_brings_its_defaults(bundle: Path) -> None:
+    model = load_model(str(bundle))
+    assert (model.size, model.steps, model.guidance_scale) == (SIZE, 4, 3.0)
+    assert model.classes == CLASSES
+    assert model.latent_shape == (4, SIZE // 2, SIZE // 2)
+    assert class_prompts(model, None) == PROMPTS
+    assert class_prompts(model, None, ["cat"], "one {} here") == ["one cat here"]
+
+
+def test_a_bundle_without_defaults_takes_its_size_from_the_unet(tmp_path: Path) -> None:
+    model = load_model(str(make_bundle(tmp_path, defaults=False)))
+    assert (model.size, model.steps, model.guidance_scale) == (SIZE, 25, 7.5)
+    with pytest.raises(UsageError, match="names no classes"):
+        class_names(model, None)
+
+
+def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    UNet2DConditionModel.from_pretrained(tmp_path / "unet").half().save_pretrained(
+        tmp_path / "unet"
+    )
+    model = load_model(str(tmp_path))
+    assert {p.dtype for p in model.unet.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(bundle: Path) -> None:
+    model = load_model(str(bundle))
+    pipe = StableDiffusionPipeline.from_pretrained(bundle)
+    theirs = pipe.encode_prompt([*PROMPTS, "x" * 200], "cpu", 1, False)[0]
+    assert torch.equal(model.encode_prompts([*PROMPTS, "x" * 200]), theirs)
+
+
+def test_images_are_encoded_to_scaled_latents_of_the_posterior(bundle: Path) -> None:
+    model = load_model(str(bundle))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    posterior = model.vae.encode(images * 2 - 1).latent_dist
+    scale = model.vae.config.scaling_factor
+    assert torch.allclose(model.encode_images(images), posterior.mode() * scale)
+    draws = [model.encode_images(images, torch.Generator().manual_seed(i)) for i in range(400)]
+    spread = torch.stack(draws).std(0)
+    assert torch.allclose(spread, posterior.std * scale, rtol=0.25)
+    decoded = (model.vae.decode(draws[0] / scale).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(model.decode(draws[0]), decoded)
+
+
+@pytest.mark.parametrize(
+    "names", [["unet"], ["text"], ["both"], ["unet", "both"], ["text", "unet"]]
+)
+def test_adapters_draw_what_they_draw_in_diffusers(
+    bundle: Path, adapters: dict[str, Path], names: list[str]
+) -> None:
+    model = load_model(str(bundle), adapters=[adapters[name] for name in names])
+    pipe = StableDiffusionPipeline.from_pretrained(bundle)
+    for name in names:
+        pipe.load_lora_weights(str(adapters[name]), adapter_name=name)
+    pipe.set_adapters(names)
+    theirs = draw_with_diffusers(pipe, model)
+    assert (theirs - draw(load_model(str(bundle)))).abs().max() > 5  # they change the picture
+    assert (draw(model) - theirs).abs().max() < 0.1
+    fuse_adapters(model)
+    assert not hasattr(model.unet, "peft_config") or not model.unet.peft_config
+    assert (draw(model) - theirs).abs().max() < 0.1
+
+
+def test_a_whole_pipeline_as_adapter_replaces_the_unet(
+    bundle: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned = make_bundle(tmp_path / "tuned", seed=1)
+    model = load_model(str(bundle), adapters=[tuned, adapters["unet"]])
+    pipe = StableDiffusionPipeline.from_pretrained(
+        bundle, unet=UNet2DConditionModel.from_pretrained(tuned / "unet")
+    )
+    pipe.load_lora_weights(str(adapters["unet"]))
+    assert (draw(model) - draw_with_diffusers(pipe, model)).abs().max() < 0.1
+    with pytest.raises(UsageError, match="Name it first"):
+        load_model(str(bundle), adapters=[adapters["unet"], tuned])
+
+
+def test_an_adapter_of_another_model_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    torch.manual_seed(0)
+    config = dict(make_unet().config) | {"block_out_channels": (16, 32)}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
+    with pytest.raises(BadInput, match="does not fit model"):
+        load_model(str(tmp_path), adapters=[adapters["unet"]])
+
+
+def test_loading_says_nothing(
+    bundle: Path, adapters: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_model(str(bundle), adapters=[adapters["both"]])
+    assert capfd.readouterr() == ("", "")
+
+
+# --- what is missing, broken or hostile ---
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/dir", "nothing", "/nowhere/at/all", "owner/name", "sd21", "a" * 5000, "../x"]
+)
+def test_a_model_that_is_not_there_gets_one_line_with_advice(name: str) -> None:
+    with pytest.raises(NoInput) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+    assert caught.value.what_to_do
+
+
+@pytest.mark.parametrize("name", ["adapters", "tokens"])
+def test_a_missing_addition_is_no_input(bundle: Path, tmp_path: Path, name: str) -> None:
+    value = [tmp_path / "none"] if name == "adapters" else tmp_path / "none"
+    with pytest.raises(NoInput, match="none"):
+        load_model(str(bundle), **{name: value})  # type: ignore[arg-type]
+
+
+def drop_unet(path: Path) -> None:
+    (path / "unet").rename(path / "elsewhere")
+
+
+def cut_weights(path: Path) -> None:
+    file = path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled_weights(path: Path) -> None:
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    state = UNet2DConditionModel.from_pretrained(path / "unet").state_dict()
+    torch.save(state, file.with_suffix(".bin"))
+    file.unlink()
+
+
+def wide_text_encoder(path: Path) -> None:
+    config = dict(make_unet().config) | {"cross_attention_dim": 24}
+    UNet2DConditionModel.from_config(config).save_pretrained(path / "unet")
+
+
+@pytest.mark.parametrize("damage", [drop_unet, cut_weights, pickled_weights, wide_text_encoder])
+def test_a_broken_bundle_gets_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    damage(make_bundle(tmp_path))
+    with pytest.raises((NoInput, BadInput)) as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_a_bundle_brings_is_never_run(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w')\nclass Evil: pass\n"
+    for folder in ("", "unet", "tokenizer", "text_encoder"):
+        (tmp_path / folder / "evil.py").write_text(code)
+    index = {"_class_name": ["evil", "Evil"], "unet": ["evil", "Evil"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for folder, name in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
+        file = tmp_path / folder / name
+        automap = {"auto_map": {"AutoTokenizer": "evil.Evil", "AutoModel": "evil.Evil"}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | automap))
+    load_model(str(tmp_path))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"size": 7}', '{"size": 100000}', '{"steps": 0}', '{"steps": true}', '{"classes": [1]}',
+     '{"classes": []}', '{"guidance_scale": NaN}', '{"template": "no class"}', "{", "[]", '"x"'],
+)  # fmt: skip
+def test_nonsense_defaults_are_bad_input(tmp_path: Path, text: str) -> None:
+    (tmp_path / "utilgen.json").write_text(text)
+    with pytest.raises(BadInput, match=r"utilgen\.json"):
+        read_defaults(tmp_path)
+
+
+def test_a_bundle_names_its_own_clip_and_no_directory_outside(tmp_path: Path) -> None:
+    (tmp_path / "bundle" / "open_clip").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    for name, found in (("open_clip", str(tmp_path / "bundle" / "open_clip")),
+                        ("../secret", "../secret"), ("ViT-B-32", "ViT-B-32")):  # fmt: skip
+        (tmp_path / "bundle" / "utilgen.json").write_text(json.dumps({"clip": name}))
+        assert read_defaults(tmp_path / "bundle")["clip"] == found
+
+
+def test_classes_come_from_a_comma_list_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("ankle boot\n\n bag \n")
+    assert parse_classes(str(tmp_path / "names.txt")) == ("ankle boot", "bag")
+    assert parse_classes("ankle boot, bag") == ("ankle boot", "bag")
+    assert parse_classes(None) is None
+    for text in ("", " , ", "bag,bag"):
+        with pytest.raises(UsageError):
+            parse_classes(text)

@@ -1,0 +1,305 @@
+"""dpo and lora as library calls: they learn, stop, resume, and write what diffusers reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
+from utilgen_cli.diffusion.ddim import sample
+from utilgen_cli.diffusion.finetune import CHECKPOINT
+from utilgen_cli.diffusion.finetune_config import FinetuneConfig
+from utilgen_cli.diffusion.load import load_model
+from utilgen_cli.diffusion.preference import PreferenceObjective
+from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
+from utilgen_cli.diffusion.tokens import save_tokens
+from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError
+from utilgen_cli.shards.images import decode_rgb, encode_image
+from utilgen_cli.shards.operands import open_source
+from utilgen_cli.shards.sample import Sample, encode_json
+
+from .conftest import DATA
+from .random_bundle import CLASSES, SIZE, make_bundle
+
+LORA = "pytorch_lora_weights.safetensors"
+QUICK = FinetuneConfig(steps=6, batch_size=4, learning_rate=1e-2, validate_every=3)
+CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_bundle(tmp_path_factory.mktemp("bundle")))
+
+
+def picture(seed: int, high: int) -> bytes:
+    rgb = np.random.default_rng(seed).integers(0, high, (SIZE, SIZE, 3), dtype=np.uint8)
+    return encode_image(rgb)
+
+
+def pairs(count: int = 24) -> Iterator[Sample]:
+    """Bright noise wins against dark noise."""
+    for i in range(count):
+        c = i % len(CLASSES)
+        facts = {"class_name": CLASSES[c], "prompt": f"a photo of a {CLASSES[c]}"}
+        images = {"win.png": picture(i, 256), "lose.png": picture(1000 + i, 60)}
+        yield Sample(
+            f"{c:04d}-{i:06d}",
+            {**images, "cls": str(c).encode(), "json": encode_json(facts)},
+        )
+
+
+def shots() -> Iterator[Sample]:
+    for i in range(6):
+        c = i % len(CLASSES)
+        facts = encode_json({"class_name": CLASSES[c]})
+        yield Sample(f"r{i}", {"png": picture(i, 256), "cls": str(c).encode(), "json": facts})
+
+
+def run_dpo(
+    bundle: str, out: Path, finetune: FinetuneConfig = QUICK, count: int = 24, **kw: Any
+) -> dict[str, Any]:
+    """Below 16 pairs none are held out, and the last weights are kept."""
+    torch.manual_seed(hash(str(out)) % 1000)  # the global generator must not matter
+    config = PreferenceConfig(bundle, finetune=finetune, **{"beta": 10.0, **kw})
+    return train_preference(pairs(count), out, config, **CPU)
+
+
+def run_lora(bundle: str, out: Path, finetune: FinetuneConfig = QUICK, **kw: Any) -> dict[str, Any]:
+    return train_lora(shots(), out, LoraConfig(bundle, finetune=finetune, **kw), **CPU)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def draw(bundle: str, adapters: list[Path]) -> torch.Tensor:
+    model = load_model(bundle, adapters=adapters)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        texts = model.encode_prompts([f"a photo of a {CLASSES[0]}", ""])
+        return model.decode(sample(model, noise, texts[:1].expand(2, -1, -1), texts[1:], 4, 3.0))
+
+
+def shaded_pairs() -> Iterator[Sample]:
+    """Real photographs: the brighter print of each wins."""
+    photos = open_source([str(DATA / "real")]).samples()
+    for number, photo in zip(range(64), photos, strict=False):
+        rgb = decode_rgb(photo).astype(np.float64)
+        images = {
+            f"{side}.png": encode_image((rgb * gain).clip(0, 255).astype(np.uint8))
+            for side, gain in (("win", 1.3), ("lose", 0.6))
+        }
+        yield Sample(f"p{number}", {**images, "cls": photo.members["cls"],
+                                    "json": photo.members["json"]})  # fmt: skip
+
+
+def test_the_shipped_model_learns_to_prefer_and_says_so(tmp_path: Path) -> None:
+    finetune = FinetuneConfig(steps=20, batch_size=8, learning_rate=1e-3, validate_every=10)
+    config = PreferenceConfig("tiny", rank=4, finetune=finetune)
+    summary = train_preference(shaded_pairs(), tmp_path, config, **CPU)
+    assert summary["before"]["accuracy"] == 0.5 and summary["before"]["drift"] == 0
+    assert summary["kept"]["accuracy"] > 0.9
+    assert summary["kept"]["loss"] < 0.6 < summary["before"]["loss"]
+    assert summary["kept"]["dL_w"] < summary["kept"]["dL_l"]
+    assert summary["held_out"] == 8 and summary["beta_public_scripts"] == 5000
+    assert json.loads((tmp_path / "dpo.json").read_text()) == summary
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert any("100 % of 8" in line or "88 % of 8" in line for line in outcome(summary))
+
+
+def test_training_stops_when_both_errors_rise(tmp_path: Path) -> None:
+    """A rate that wrecks the model: it stops, and what it keeps is from before the wreck."""
+    finetune = FinetuneConfig(steps=40, batch_size=4, learning_rate=0.3, validate_every=2)
+    config = PreferenceConfig("tiny", rank=4, finetune=finetune)
+    summary = train_preference(shaded_pairs(), tmp_path, config, **CPU)
+    assert summary["steps"] < 40
+    assert "rose" in summary["stopped"] and "stopped early" in outcome(summary)[0]
+    assert summary["kept"]["loss"] == min(f["loss"] for f in summary["history"])
+    assert summary["kept"]["dL_w"] < 0.05
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "lora"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_stopped_and_resumed_is_the_same_bit_for_bit(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, ema: float | None
+) -> None:
+    train = {"dpo": run_dpo, "lora": run_lora}[trainer]
+    finetune = replace(QUICK, ema=ema, warmup=3, gradient_accumulation=2)
+    train(bundle, tmp_path / "whole", finetune)
+    for stop_after in (2, 2, 1):
+        calls = iter(range(100))
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "stop_requested", lambda c=calls, n=stop_after: next(c) + 1 >= n)
+            with pytest.raises(Stopped):
+                train(bundle, tmp_path / "parts", finetune)
+        assert not (tmp_path / "parts" / LORA).exists()
+        assert not (tmp_path / "parts" / f"{trainer}.json").exists()
+    train(bundle, tmp_path / "parts", finetune)
+    assert digest(tmp_path / "whole" / LORA) == digest(tmp_path / "parts" / LORA)
+
+
+def test_a_run_does_not_go_on_with_other_pairs(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(signals, "stop_requested", lambda: True)
+        run_dpo(bundle, tmp_path)
+    config = PreferenceConfig(bundle, finetune=QUICK)
+    with pytest.raises(UsageError, match="other data"):
+        train_preference(pairs(20), tmp_path, config, **CPU)
+
+
+def test_seeds_matter_and_the_same_seed_repeats(bundle: str, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_dpo(bundle, tmp_path / name, replace(QUICK, seed=seed), count=12)
+    a, b, c = (digest(tmp_path / name / LORA) for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("trainer", [run_dpo, run_lora])
+def test_diffusers_loads_the_adapter_and_draws_what_we_draw(
+    bundle: str, tmp_path: Path, trainer: Any
+) -> None:
+    trainer(bundle, tmp_path, **({"count": 12} if trainer is run_dpo else {}))
+    pipe = StableDiffusionPipeline.from_pretrained(bundle, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "np"}
+    prompt = [f"a photo of a {CLASSES[0]}"] * 2
+    before = pipe(prompt, latents=noise.clone(), **options).images
+    pipe.load_lora_weights(str(tmp_path))
+    theirs = pipe(prompt, latents=noise.clone(), **options).images
+    ours = draw(bundle, [tmp_path]).permute(0, 2, 3, 1).numpy()
+    assert np.abs(theirs - ours).max() <= 2 / 255
+    assert np.abs(theirs - before).max() > 4 / 255
+
+
+def test_rounds_begin_where_the_last_one_ended(bundle: str, tmp_path: Path) -> None:
+    run_dpo(bundle, tmp_path / "one", count=12, rank=3)
+    still = replace(QUICK, steps=1, learning_rate=1e-12)
+    base = run_dpo(bundle, tmp_path / "base", still, init=tmp_path / "one")
+    last = run_dpo(bundle, tmp_path / "last", still, init=tmp_path / "one", reference="previous")
+    assert base["before"]["drift"] > 0  # away from the base, where the first round left it
+    assert last["before"]["drift"] == 0 and last["before"]["accuracy"] == 0.5
+    one, kept = load_file(tmp_path / "one" / LORA), load_file(tmp_path / "last" / LORA)
+    assert one.keys() == kept.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(kept[key], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_round_from_lora_keeps_its_text_encoder(bundle: str, tmp_path: Path) -> None:
+    run_lora(bundle, tmp_path / "lora")
+    run_dpo(bundle, tmp_path / "dpo", count=12, init=tmp_path / "lora")
+    before, after = load_file(tmp_path / "lora" / LORA), load_file(tmp_path / "dpo" / LORA)
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(before[key], after[key]) == key.startswith("text_encoder.")
+
+
+def test_full_tuning_writes_a_pipeline(bundle: str, tmp_path: Path) -> None:
+    summary = run_dpo(bundle, tmp_path / "full", count=12, full=True)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "full", safety_checker=None)
+    tuned = load_model(str(tmp_path / "full"))
+    assert tuned.classes == CLASSES and pipe.unet.config.sample_size == 8
+    assert summary["trained_parameters"] == sum(p.numel() for p in tuned.unet.parameters())
+    moved = draw(bundle, [tmp_path / "full"])
+    torch.testing.assert_close(draw(str(tmp_path / "full"), []), moved)
+    assert (draw(bundle, []) - moved).abs().max() > 4 / 255
+    run_dpo(bundle, tmp_path / "second", full=True, init=tmp_path / "full")
+    with pytest.raises(UsageError, match="Add --full"):
+        run_dpo(bundle, tmp_path / "mixed", init=tmp_path / "full")
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(bundle: str, tmp_path: Path) -> None:
+    run_dpo(bundle, tmp_path / "plain", count=12)
+    run_dpo(bundle, tmp_path / "saving", count=12, gradient_checkpointing=True)
+    plain, saving = (load_file(tmp_path / name / LORA) for name in ("plain", "saving"))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(saving[key], tensor, atol=1e-6, rtol=1e-5)
+
+
+def figures(*triples: tuple[float, float, float]) -> list[dict[str, float]]:
+    return [{"loss": loss, "dL_w": w, "dL_l": lo} for loss, w, lo in triples]
+
+
+def test_what_counts_as_degrading() -> None:
+    objective = object.__new__(PreferenceObjective)
+    start, good = (0.69, 0.0, 0.0), (0.5, -0.01, 0.02)
+    worse, better = (0.6, 0.02, 0.03), (0.3, 0.02, 0.03)
+    assert objective.degrading(figures(start, good, worse, worse, worse))
+    assert not objective.degrading(figures(start, good, worse, worse))
+    assert not objective.degrading(figures(start, good, worse, good, worse))
+    assert not objective.degrading(figures(start, good, worse, worse, better))
+    ruined = (0.1, 0.2, 0.9)
+    assert objective.degrading(figures(start, good, ruined, ruined, ruined))
+    noise = (0.6, 0.001, 0.002)
+    assert not objective.degrading(figures(start, good, noise, noise, noise))
+    assert not objective.degrading([])
+
+
+def test_class_tokens_take_the_place_of_prompts(bundle: str, tmp_path: Path) -> None:
+    embeds = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0))
+    save_tokens(tmp_path / "tokens", CLASSES, embeds, {"model": bundle})
+    summary = run_dpo(bundle, tmp_path / "dpo", tokens=tmp_path / "tokens")
+    assert summary["prompts"] == [f"a photo of a <utilgen-{c:04d}>" for c in range(3)]
+
+
+def test_public_pair_sets_train_as_they_are(bundle: str, tmp_path: Path) -> None:
+    """The Pick-a-Pic columns; label_0 says which image is preferred."""
+
+    def columns(flip: bool) -> Iterator[Sample]:
+        for sample_ in pairs(8):
+            first, second = sample_.members["win.png"], sample_.members["lose.png"]
+            if flip:
+                first, second = second, first
+            label = b"0" if flip else b"1"
+            yield Sample(sample_.key, {"jpg_0": first, "jpg_1": second, "label_0": label,
+                                       "caption": b"a dress"})  # fmt: skip
+
+    config = PreferenceConfig(bundle, finetune=replace(QUICK, steps=2))
+    for flip in (False, True):
+        train_preference(columns(flip), tmp_path / str(flip), config, **CPU)
+    assert digest(tmp_path / "False" / LORA) == digest(tmp_path / "True" / LORA)
+
+
+def test_no_pairs_and_no_pair(bundle: str, tmp_path: Path) -> None:
+    config = PreferenceConfig(bundle, finetune=QUICK)
+    with pytest.raises(BadInput, match="none"):
+        train_preference([], tmp_path, config, **CPU)
+    with pytest.raises(BadInput, match="utilgen pairs"):
+        train_preference(shots(), tmp_path, config, **CPU)
+    assert not (tmp_path / "dpo.json").exists()
+
+
+def test_one_adapter_a_class(bundle: str, tmp_path: Path) -> None:
+    summary = run_lora(bundle, tmp_path, per="class")
+    assert summary["adapters"] == ["0000-dress", "0001-bag", "0002-ankle-boot"]
+    prints = {digest(tmp_path / name / LORA) for name in summary["adapters"]}
+    assert len(prints) == 3
+
+
+def test_lora_lowers_the_denoising_error_of_its_shots(bundle: str, tmp_path: Path) -> None:
+    from utilgen_cli.diffusion.datadream import DenoisingObjective, read_shots
+    from utilgen_cli.diffusion.finetune import finetune
+    from utilgen_cli.diffusion.lora import TEXT_TARGETS, UNET_TARGETS, add_lora
+
+    model = load_model(bundle)
+    data = read_shots(shots(), model, lambda s: s.facts["class_name"])
+    add_lora(model.unet, 4, UNET_TARGETS)
+    add_lora(model.text_encoder, 4, TEXT_TARGETS)
+    objective = DenoisingObjective(model, data)
+    rows, noise = torch.arange(6).repeat(8), objective.draw(48, torch.Generator().manual_seed(0))
+    before = float(objective.loss(rows, noise)[0].detach())
+    finetune(objective, replace(QUICK, steps=30))
+    assert float(objective.loss(rows, noise)[0].detach()) < 0.98 * before

@@ -1,0 +1,79 @@
+"""`utilgen dpo`: teach the generator to prefer the winners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+from . import training as t
+
+Init = Annotated[Path | None, typer.Option(help="Begin from this result of `dpo` or `lora`.")]
+Reference = Annotated[str, typer.Option(help="base (the model itself), or previous (the --init).")]
+Loss = Annotated[str, typer.Option(help="dpo, ipo, or kto (each image judged by itself).")]
+Beta = Annotated[
+    float,
+    typer.Option(help="Strength of the tie to the reference, a factor of mean squared errors: half "
+                 "of the public scripts' --beta_dpo (their 5000 is 2500 here)."),
+]  # fmt: skip
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="Train the whole U-Net: costs a frozen second copy of it and "
+                 "optimiser state for every weight, and writes a whole pipeline."),
+]  # fmt: skip
+
+
+def dpo(
+    output: o.ModelOutput,
+    shards: o.Shards = None,
+    model: o.Model = None,
+    tokens: o.Tokens = None,
+    init: Init = None,
+    reference: Reference = "base",
+    loss: Loss = "dpo",
+    beta: Beta = 2500.0,
+    rank: t.Rank = 16,
+    full: Full = False,
+    steps: t.Steps = 200,
+    learning_rate: t.LearningRate = 1e-3,
+    batch_size: t.BatchSize = 16,
+    accumulation: t.Accumulation = 1,
+    warmup: t.Warmup = 20,
+    schedule: t.Schedule = "constant_with_warmup",
+    ema: t.Ema = None,
+    optimizer: t.Optimizer = "adamw",
+    flip: t.Flip = False,
+    checkpointing: t.Checkpointing = False,
+    precision: o.Precision = None,
+    device: o.Device = None,
+    seed: o.Seed = 0,
+    smoke: o.Smoke = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Tune the generator on preference pairs (Diffusion-DPO), as LoRA or in full.
+
+    Example: utilgen dpo pairs/ -m tiny --tokens tokens/ -o dpo/
+
+    An eighth of the pairs is held out: training stops when the generator gets worse on both
+    images of a pair, and the weights that do best on the held-out pairs are kept.
+    """
+    from ..diffusion.finetune_config import FinetuneConfig
+    from ..diffusion.preference_run import DONE, PreferenceConfig, outcome, train_preference
+
+    finetune = FinetuneConfig(
+        steps, batch_size, learning_rate, schedule, warmup, gradient_accumulation=accumulation,
+        ema=ema, optimizer=optimizer, seed=seed,
+    )  # fmt: skip
+    summary = t.train_command(
+        "dpo", train_preference, DONE,
+        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, rank, full, flip,
+                                      checkpointing, t.smoked(finetune, smoke)),
+        shards=shards, model=model, output=output, device=device, precision=precision,
+        overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    t.finish(output, summary, as_json, quiet, outcome(summary))

@@ -1,0 +1,77 @@
+"""`utilgen generate`: draw images of every class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def generate(
+    model: o.Model = None,
+    tokens: o.Tokens = None,
+    adapter: o.Adapters = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Learnt prompts, as `ilpo --save-policy` makes.")
+    ] = None,
+    per_class: o.PerClass = 1,
+    start: Annotated[int, typer.Option(min=0, help="Index of each class's first image.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance. Default: the model's.")
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="ddim, or for few steps (10 or so) dpm++ or unipc.")
+    ] = "ddim",
+    classes: o.Classes = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt, {} is the class. Default: 'a photo of a {}'.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at once on a GPU (the CPU takes few always).")
+    ] = None,
+    format: Annotated[str, typer.Option(help="png, webp (lossless) or jpg.")] = "png",
+    output: o.StreamOutput = "-",
+    shard_size: o.ShardSize = 1000,
+    part: o.Part = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    precision: o.Precision = None,
+    smoke: o.Smoke = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Draw images of every class, each from its own seed.
+
+    Example: utilgen generate -m tiny --tokens tokens/ --per-class 80 -o synth/
+    """
+    from .streams import plan_items, refuse_terminal, report, run_source
+
+    refuse_terminal(output)
+    from ..diffusion.bundle import parse_classes
+    from ..diffusion.generate import GenerateConfig, LazyGenerator, known_classes, model_named
+    from ..runtime.progress import reporter
+
+    per_class, steps = (min(per_class, 2), min(steps or 4, 4)) if smoke else (per_class, steps)
+    config = GenerateConfig(
+        model_named(model, tokens), seed, tokens, tuple(adapter or ()), policy,
+        parse_classes(classes), prompt, steps, guidance_scale, sampler, batch_size, format,
+    )  # fmt: skip
+    plan = plan_items(len(known_classes(config)), per_class, start)
+    generator = LazyGenerator(config, device, precision, reporter(quiet))
+    settings = {
+        **config.settings(),
+        "per_class": per_class,
+        "start": start,
+        "shard_size": shard_size,
+    }
+    run_source(generator.draw, plan, output, "generate", settings, overwrite, shard_size, part,
+               generator.about)  # fmt: skip
+    report(generator.summary(), as_json, "" if quiet else generator.line())

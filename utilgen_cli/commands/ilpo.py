@@ -1,0 +1,94 @@
+"""`utilgen ilpo`: draw images from prompts and noise that were optimised for utility."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import ilpo_options as i
+from . import options as o
+
+
+def ilpo(
+    model: o.Model = None,
+    value: o.Value = Path("value"),
+    tokens: o.Tokens = None,
+    adapter: o.Adapters = None,
+    objective: i.Objective = "utility",
+    real: i.Real = None,
+    set_term: i.SetTerm = "none",
+    set_weight: i.SetWeight = 1.0,
+    diversity: i.Diversity = 0.0,
+    clip: i.Clip = None,
+    clip_weight: i.ClipWeight = 0.5,
+    clip_image_weight: i.ClipImageWeight = 0.0,
+    parameters: i.Parameters = "embeds",
+    population: i.Population = 4,
+    iterations: i.Iterations = 40,
+    images: i.Images = 1,
+    rate: i.Rate = 0.02,
+    grad_steps: i.GradStepsOption = "all",
+    search_steps: i.SearchSteps = 5,
+    checkpointing: i.Checkpointing = False,
+    chunk: i.Chunk = 64,
+    max_fidelity_drop: i.MaxFidelityDrop = 0.25,
+    noise: i.Noise = "single",
+    omega_l: i.OmegaL = 5.5,
+    omega_w: i.OmegaW = 1.0,
+    refine: i.Refine = 0,
+    save_policy: i.SavePolicy = None,
+    per_class: o.PerClass = 1,
+    start: i.Start = 0,
+    steps: i.Steps = None,
+    guidance_scale: i.GuidanceScale = None,
+    classes: o.Classes = None,
+    output: o.StreamOutput = "-",
+    shard_size: o.ShardSize = 1000,
+    part: o.Part = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    precision: o.Precision = None,
+    smoke: o.Smoke = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Optimise class prompts (through the sampler) and noise for utility, then draw with them.
+
+    Example: utilgen ilpo -m tiny --value value/ --real real/ --per-class 80 -o best/
+    """  # fmt: skip
+    from .streams import plan_items, refuse_terminal, report, run_source
+
+    refuse_terminal(output)
+    from ..diffusion.bundle import parse_classes
+    from ..diffusion.generate import GenerateConfig, known_classes, model_named
+    from ..diffusion.instance import InstanceConfig
+    from ..diffusion.noise import NoiseConfig
+    from ..diffusion.prompt_search import SearchConfig
+    from ..runtime.progress import reporter
+    from .joining import Aim, PolicyRun
+
+    if smoke:
+        per_class, steps, iterations, population = min(per_class, 2), 4, min(iterations, 2), 1
+        search_steps = min(search_steps, 2)
+    config = GenerateConfig(
+        model_named(model, tokens), seed, tokens, tuple(adapter or ()), None,
+        parse_classes(classes), None, steps, guidance_scale,
+    )  # fmt: skip
+    search = SearchConfig(
+        iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
+    )
+    instance = InstanceConfig(
+        parameters, population, grad_steps, search_steps, checkpointing, search,
+        NoiseConfig(noise, omega_l, omega_w, refine),
+    )  # fmt: skip
+    aim = Aim(
+        value, objective, clip, clip_weight, clip_image_weight, real, diversity, set_term,
+        set_weight,
+    )  # fmt: skip
+    directory = save_policy or (None if output == "-" else Path(output) / ".policy")
+    run = PolicyRun(config, aim, instance, directory, device, precision, reporter(quiet), overwrite)
+    plan = plan_items(len(known_classes(config)), per_class, start)
+    settings = {**run.settings(), "per_class": per_class, "start": start, "shard_size": shard_size}
+    run_source(run.draw, plan, output, "ilpo", settings, overwrite, shard_size, part, run.about)
+    report(run.summary(), as_json, "" if quiet else run.line())

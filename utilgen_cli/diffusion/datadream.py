@@ -1,0 +1,210 @@
+"""DataDream's baseline: LoRA on U-Net and text encoder from the few real shots (Kim et al. 2024).
+
+The recipe of arXiv 2407.10910: rank 16, AdamW at 1e-4 with a cosine schedule, the plain denoising
+loss, one adapter for the data set or one a class. Nothing but the given shots is looked at: the
+number of steps is fixed, and the last weights are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import signals
+from ..runtime.checkpoint import remove_checkpoint, write_json
+from ..runtime.distributed import world
+from ..runtime.errors import BadInput, UsageError
+from ..runtime.progress import Progress, silent
+from ..runtime.seeds import seed_everything
+from ..shards.sample import Sample
+from .adapters import LORA_WEIGHTS
+from .finetune import CHECKPOINT, Figures, finetune
+from .finetune_config import Draw, FinetuneConfig, draw_rows
+from .latents import LatentCache, index_prompts
+from .load import LatentDiffusion, class_prompts, load_model
+from .lora import TEXT_TARGETS, UNET_TARGETS, add_lora, save_lora, train_lora_only
+from .preference_loss import denoising_error, diffusion_target
+from .tokens import class_folder
+
+DONE = "lora.json"
+PER = ("dataset", "class")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What to adapt, and how."""
+
+    model: str
+    tokens: Path | None = None
+    rank: int = 16
+    per: str = "dataset"
+    flip: bool = False
+    gradient_checkpointing: bool = False
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        if self.per not in PER:
+            raise UsageError(f"--per {self.per}", "is neither dataset nor class")
+
+
+@dataclass(frozen=True, slots=True)
+class Shots:
+    """latents float32 [N, variants, C, h, w]; prompt_index, labels int64 [N]."""
+
+    latents: Tensor
+    prompts: list[str]
+    prompt_index: Tensor
+    labels: Tensor
+    names: dict[int, str]
+    fingerprint: str
+
+    def of_class(self, label: int) -> Shots:
+        """The shots of one class."""
+        rows = torch.nonzero(self.labels == label).flatten()
+        index = self.prompt_index[rows]
+        print_of = f"{self.fingerprint}-{label}"
+        return Shots(
+            self.latents[rows], self.prompts, index, self.labels[rows], self.names, print_of
+        )
+
+
+class DenoisingObjective:
+    """mean |target - prediction|^2 over the shots, with both adapters in training."""
+
+    watch = None
+
+    def __init__(self, model: LatentDiffusion, shots: Shots) -> None:
+        self.model, self.shots = model, shots
+        self.device, self.dtype, self.rows = model.device, model.dtype, len(shots.labels)
+        self.token_ids = model.token_ids(shots.prompts)  # [P, L]
+        self.alpha_bar = model.scheduler.alphas_cumprod.to(self.device)
+        self.parameters = {
+            f"{part}.{name}": parameter
+            for part in ("unet", "text_encoder")
+            for name, parameter in train_lora_only(getattr(model, part)).items()
+        }
+
+    def draw(self, rows: int, generator: torch.Generator) -> Draw:
+        """Noise, timestep and flip of each shot."""
+        return draw_rows(rows, self.model.latent_shape, len(self.alpha_bar), generator)
+
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+        """The plain denoising loss of shots `rows`."""
+        flip = draw.flip.long() * (self.shots.latents.shape[1] - 1)
+        x0, noise = self.shots.latents[rows, flip].to(self.device), draw.noise.to(self.device)
+        t = draw.timesteps.to(self.device)
+        a = self.alpha_bar[t].view(-1, 1, 1, 1)
+        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        used, place = self.shots.prompt_index[rows].unique(return_inverse=True)
+        embeds = self.model.text_encoder(self.token_ids[used]).last_hidden_state
+        context = embeds[place]
+        prediction = self.model.unet(x.to(self.dtype), t, context.to(self.dtype)).sample
+        target = diffusion_target(self.model.prediction_type, x0, noise, a)
+        return denoising_error(prediction, target).mean(), {}
+
+
+def read_shots(
+    samples: Iterable[Sample],
+    model: LatentDiffusion,
+    prompt: Callable[[Sample], str],
+    *,
+    flip: bool = False,
+    progress: Progress = silent,
+) -> Shots:
+    """Encode every real image once. BadInput: none, or one without label."""
+    cache, digest = LatentCache(model, flip), hashlib.blake2b(digest_size=16)
+    prompts, labels, names = [], [], {}
+    with progress("read shots", None) as task:
+        for sample in samples:
+            signals.check()
+            prompts.append(prompt(sample))
+            labels.append(sample.label)
+            names[sample.label] = str(sample.facts.get("class_name", sample.label))
+            cache.add(sample)
+            digest.update(sample.image[1] + prompts[-1].encode())
+            task.advance()
+    if not labels:
+        raise BadInput("shots", "there are none", "Make some with `utilgen pack`.")
+    known, index = index_prompts(prompts)
+    return Shots(cache.finish(), known, index, torch.tensor(labels), names, digest.hexdigest())
+
+
+def shot_prompt(sample: Sample, prompts: list[str] | None, template: str) -> str:
+    """The class's prompt, with its token where tokens are given. BadInput: no class name."""
+    if prompts is not None:
+        if sample.label >= len(prompts):
+            raise sample.bad(f"its class {sample.label} has no token")
+        return prompts[sample.label]
+    if "class_name" not in sample.facts:
+        raise sample.bad("its json names no class")
+    return template.replace("{}", str(sample.facts["class_name"]))
+
+
+def train_lora(
+    samples: Iterable[Sample],
+    out: Path,
+    config: LoraConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train on the shots and write the adapter (or one in a folder a class) and lora.json.
+
+    Resumes from the checkpoint in the adapter's folder. Returns what lora.json says.
+    """
+    start = time.monotonic()
+    model = load_model(config.model, device=device, dtype=dtype, tokens=config.tokens)
+    prompts = None if config.tokens is None else class_prompts(model, config.tokens)
+    shots = read_shots(
+        samples, model, lambda s: shot_prompt(s, prompts, model.template),
+        flip=config.flip, progress=progress,
+    )  # fmt: skip
+    parts = {".": shots} if config.per == "dataset" else shots_by_class(shots)
+    for number, (folder, part) in enumerate(parts.items()):
+        if (out / folder / LORA_WEIGHTS).exists():
+            continue
+        if number:
+            model = load_model(config.model, device=device, dtype=dtype, tokens=config.tokens)
+        train_adapter(model, part, out / folder, config, progress)
+    settings = asdict(config) | {"tokens": config.tokens and str(config.tokens)}
+    summary = {
+        **settings, "images": len(shots.labels), "classes": len(shots.names),
+        "adapters": list(parts), "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+    if world()[0] == 0:
+        write_json(out / DONE, summary)
+    return summary
+
+
+def shots_by_class(shots: Shots) -> dict[str, Shots]:
+    """The shots of each class under the name of its folder."""
+    return {class_folder(c, name): shots.of_class(c) for c, name in sorted(shots.names.items())}
+
+
+def train_adapter(
+    model: LatentDiffusion, shots: Shots, out: Path, config: LoraConfig, progress: Progress
+) -> None:
+    """Train one adapter of U-Net and text encoder; its file appears when it is done."""
+    seed_everything(config.finetune.seed)
+    add_lora(model.unet, config.rank, UNET_TARGETS)
+    add_lora(model.text_encoder, config.rank, TEXT_TARGETS)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if model.device.type != "cpu":
+        model.vae.to("cpu")
+    checkpoint = out / CHECKPOINT
+    finetune(
+        DenoisingObjective(model, shots), config.finetune, checkpoint=checkpoint,
+        fingerprint=shots.fingerprint, description=f"lora {out.name}", progress=progress,
+    )  # fmt: skip
+    if world()[0] == 0:
+        save_lora(out, model.unet, model.text_encoder)
+        remove_checkpoint(checkpoint)

@@ -1,0 +1,167 @@
+"""DDIM (Song et al. 2021, arXiv 2010.02502): the step, its inverse, guidance, sampling runs.
+
+Legend: x is a noisy latent x_t [B, 4, h, w]; eps the predicted noise of the same shape; `alphas` is
+alpha-bar with the chain's end appended, float [T + 1], so that t = -1 means "after the last step".
+`model` is a `LatentDiffusion`; only `unet`, `scheduler` and `latent_shape` are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import UsageError
+from ..runtime.seeds import sample_generator
+
+if TYPE_CHECKING:
+    from .load import LatentDiffusion
+
+SAMPLERS = ("ddim", "dpm++", "unipc")
+
+
+def ddim_timesteps(scheduler: Any, steps: int) -> list[int]:
+    """The timesteps of a run, descending, as diffusers' DDIMScheduler sets them."""
+    n = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= n:
+        raise UsageError(f"--steps {steps}", f"must lie between 1 and {n}")
+    scheduler.set_timesteps(steps)
+    timesteps: list[int] = scheduler.timesteps.tolist()
+    return [min(t, n - 1) for t in timesteps]  # steps_offset may point past the last one
+
+
+def ddim_transitions(scheduler: Any, steps: int) -> list[tuple[int, int]]:
+    """The (t, t_prev) pairs of a run, descending; the last t_prev is -1, the end of the chain."""
+    stride = scheduler.config.num_train_timesteps // steps
+    return [(t, max(t - stride, -1)) for t in ddim_timesteps(scheduler, steps)]
+
+
+def chain_alphas(scheduler: Any) -> Tensor:
+    """alpha-bar of every timestep, then that of the chain's end: float [T + 1], on the CPU."""
+    alphas = scheduler.alphas_cumprod.cpu()
+    return torch.cat([alphas, scheduler.final_alpha_cumprod.reshape(1).to(alphas)])
+
+
+def to_eps(model_output: Tensor, x: Tensor, t: int, scheduler: Any) -> Tensor:
+    """The U-Net's output at x_t as predicted noise, whatever the model predicts."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return model_output
+    alpha = scheduler.alphas_cumprod[t].cpu()
+    if kind == "v_prediction":  # v = sqrt(alpha) eps - sqrt(1 - alpha) x0
+        return alpha**0.5 * model_output + (1 - alpha) ** 0.5 * x
+    return (x - alpha**0.5 * model_output) / (1 - alpha) ** 0.5  # "sample": the output is x0
+
+
+def predict_x0(x: Tensor, eps: Tensor, t: int, alphas: Tensor) -> Tensor:
+    """The clean latent that x_t and eps imply (equation 9)."""
+    return (x - (1 - alphas[t]) ** 0.5 * eps) / alphas[t] ** 0.5
+
+
+def ddim_step(x: Tensor, eps: Tensor, t: int, t_prev: int, alphas: Tensor) -> Tensor:
+    """x_{t_prev} from x_t, deterministic (equation 12 with sigma = 0)."""
+    return alphas[t_prev] ** 0.5 * predict_x0(x, eps, t, alphas) + (1 - alphas[t_prev]) ** 0.5 * eps
+
+
+def ddim_inverse_step(x: Tensor, eps: Tensor, t_prev: int, t: int, alphas: Tensor) -> Tensor:
+    """x_t from x_{t_prev}: undoes `ddim_step(., eps, t, t_prev, .)` for the same eps."""
+    return ddim_step(x, eps, t_prev, t, alphas)
+
+
+def guided_output(
+    model: LatentDiffusion, x: Tensor, t: int | Tensor, cond: Tensor, uncond: Tensor, scale: float
+) -> Tensor:
+    """The U-Net's output under classifier-free guidance; one call on the doubled batch.
+
+    cond: [B, L, D]; uncond: [1 or B, L, D]. A scale of 1 needs no unconditional half.
+    """
+    dtype = model.unet.dtype
+    if scale == 1:
+        return model.unet(x.to(dtype), t, cond.to(dtype)).sample.to(x.dtype)
+    text = torch.cat([uncond.to(cond).expand_as(cond), cond]).to(dtype)
+    doubled = torch.cat([x, x]).to(dtype)
+    low, high = model.unet(doubled, t, text).sample.to(x.dtype).chunk(2)
+    return low + scale * (high - low)
+
+
+def guided_eps(
+    model: LatentDiffusion, x: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance_scale: float
+) -> Tensor:
+    """Predicted noise at x_t under classifier-free guidance (Ho and Salimans 2022, equation 6)."""
+    return to_eps(guided_output(model, x, t, cond, uncond, guidance_scale), x, t, model.scheduler)
+
+
+def sample(
+    model: LatentDiffusion,
+    noise: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    steps: int,
+    guidance_scale: float,
+    sampler: str = "ddim",
+) -> Tensor:
+    """Latents [B, 4, h, w] from noise of that shape; no gradient, no host synchronisation.
+
+    cond: [B, L, D]; uncond: [1 or B, L, D]. `ddim` equals diffusers' DDIMScheduler with eta 0;
+    `dpm++` and `unipc` are diffusers' second-order multistep solvers for few steps.
+    """
+    with torch.no_grad():
+        if sampler == "ddim":
+            return _ddim(model, noise, cond, uncond, steps, guidance_scale)
+        return _multistep(model, noise, cond, uncond, steps, guidance_scale, sampler)
+
+
+def _ddim(
+    model: LatentDiffusion, x: Tensor, cond: Tensor, uncond: Tensor, steps: int, scale: float
+) -> Tensor:
+    alphas = chain_alphas(model.scheduler)
+    for t, t_prev in ddim_transitions(model.scheduler, steps):
+        x = ddim_step(x, guided_eps(model, x, t, cond, uncond, scale), t, t_prev, alphas)
+    return x
+
+
+def _multistep(
+    model: LatentDiffusion,
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    steps: int,
+    scale: float,
+    sampler: str,
+) -> Tensor:
+    solver = multistep_solver(model.scheduler, sampler)
+    solver.set_timesteps(steps)
+    solver.set_begin_index(0)  # else each step searches its index, which waits for the device
+    x = x * solver.init_noise_sigma
+    for t in solver.timesteps:
+        output = guided_output(model, x, int(t), cond, uncond, scale)
+        x = solver.step(output, t, x, return_dict=False)[0]
+    return x
+
+
+def multistep_solver(scheduler: Any, sampler: str) -> Any:
+    """A fresh diffusers solver with the noise schedule of `scheduler`."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    kinds = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    if sampler not in kinds:
+        raise UsageError(f"--sampler {sampler}", "unknown", f"Use one of {', '.join(SAMPLERS)}.")
+    return kinds[sampler].from_config(scheduler.config)
+
+
+def initial_noise(model: LatentDiffusion, seed: int, items: Sequence[tuple[int, int]]) -> Tensor:
+    """Starting noise [B, 4, h, w] for (class index, image index) items; one generator an image.
+
+    The draw is made on the CPU in float32, so device, precision and batch do not change it.
+    """
+    return torch.stack(list(_noises(seed, items, model.latent_shape))).to(model.device)
+
+
+def _noises(
+    seed: int, items: Sequence[tuple[int, int]], shape: tuple[int, ...]
+) -> Iterator[Tensor]:
+    for class_index, image_index in items:
+        generator = sample_generator(seed, class_index, image_index)
+        yield torch.randn(shape, generator=generator)

@@ -1,0 +1,146 @@
+"""Instance-level optimisation (UtilGen, section 3.3): learn a policy, then draw with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
+from .ddim import initial_noise
+from .generate import Generator, Item
+from .noise import NoiseConfig, counted
+from .policy import Policy
+from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
+from .prompts import PromptEmbeds, TokenEmbeds
+from .rollout import GradSteps, Rollout
+
+PARAMETERS = ("embeds", "tokens")
+
+
+@dataclass(frozen=True)
+class InstanceConfig:
+    """Choices of one `ilpo`; with no iterations the prompts stay as they are."""
+
+    parameters: str = "embeds"
+    population: int = 4
+    grad_steps: str = "all"
+    sampling_steps: int = 5  # while optimising
+    checkpointed: bool = False
+    search: SearchConfig = field(default_factory=SearchConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+    def __post_init__(self) -> None:
+        if self.parameters not in PARAMETERS:
+            raise UsageError(f"--parameters {self.parameters}", "unknown", "Use embeds or tokens.")
+        GradSteps.parse(self.grad_steps)
+
+    def facts(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return asdict(self)
+
+
+def learn_policy(
+    generator: Generator,
+    terms: Sequence[Term],
+    labellers: dict[str, Labeller],
+    config: InstanceConfig,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> Policy:
+    """Optimise the class prompts of `generator` for the sum of the terms.
+
+    `labellers` name the classes of images; the first one guards against alignment collapse.
+    Resumes from `checkpoint`. Raises UtilgenError when label fidelity falls too far.
+    """
+    model, seed = generator.model, config.search.seed
+    if config.parameters == "tokens":
+        prompts: PromptEmbeds | TokenEmbeds = TokenEmbeds(
+            model,
+            generator.prompts,
+            config.population,
+            seed,
+            generator.config.prompt or model.template,
+        )
+    else:
+        prompts = PromptEmbeds(model, generator.prompts, config.population, seed)
+    rollout = Rollout(
+        model, generator.uncond.detach(), config.sampling_steps, generator.guidance_scale,
+        GradSteps.parse(config.grad_steps), config.checkpointed,
+    )  # fmt: skip
+    search = PromptSearch(prompts, rollout, list(terms), labellers, config.search)
+    start = time.monotonic()
+    with counted(model.unet) as calls:
+        embeds = search.run(checkpoint, progress)
+    summary = {
+        "seconds": round(time.monotonic() - start, 1), "unet_calls": calls.calls,
+        "unet_latents": calls.latents, **outcome(search),
+    }  # fmt: skip
+    settings = {**config.facts(), "terms": {t.name: t.weight for t in terms}}
+    return Policy(
+        embeds,
+        generator.classes,
+        generator.prompts,
+        config.noise,
+        settings,
+        search.state.history,
+        summary,
+    )
+
+
+def outcome(search: PromptSearch) -> dict[str, Any]:
+    """What validation noise says before and after, and which iterate was the best."""
+    state = search.state
+    return {
+        "before": state.history[0],
+        "after": state.history[search.best_row()],
+        "best_iteration": state.best,
+        "iterations": state.iteration,
+        "scales": state.scales,
+    }
+
+
+class PolicyGenerator(Generator):
+    """A generator that draws with a policy, and keeps account of the noise."""
+
+    policy: Policy
+    more_facts: dict[str, Any]
+    figures: list[dict[str, float]]
+
+    @classmethod
+    def adopt(cls, generator: Generator, policy: Policy, facts: dict[str, Any]) -> PolicyGenerator:
+        """The loaded `generator` as one that draws with `policy`; `facts` join each image's own."""
+        self = cls.__new__(cls)
+        self.__dict__.update(generator.__dict__)
+        self.policy, self.more_facts, self.figures = policy, facts, []
+        return self
+
+    def latents(self, items: Sequence[Item]) -> Tensor:
+        """Finished latents [B, 4, h, w] of the items."""
+        noise = initial_noise(self.model, self.config.seed, items)
+        latents, figures = self.policy.sample(
+            self.model,
+            noise,
+            items,
+            self.uncond,
+            self.steps,
+            self.guidance_scale,
+            self.config.sampler,
+        )
+        self.figures.append(figures)
+        return latents
+
+    def facts(self, item: Item) -> dict[str, Any]:
+        """Where the image of `item` comes from."""
+        (member,) = self.policy.members([item])
+        return {**super().facts(item), **self.more_facts, "member": member}
+
+    def noise_figures(self) -> dict[str, float]:
+        """Means over the batches that were drawn."""
+        names = self.figures[0] if self.figures else {}
+        return {n: sum(f[n] for f in self.figures) / len(self.figures) for n in names}

@@ -1,0 +1,66 @@
+"""VAE latents, computed once and kept in a file that is mapped into memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..shards.images import decode_rgb
+from ..shards.sample import Sample
+
+if TYPE_CHECKING:
+    from .load import LatentDiffusion
+
+BATCH = 32
+
+
+class LatentCache:
+    """Latents of images and, if wanted, of their mirror images; memory does not grow with them."""
+
+    def __init__(self, model: LatentDiffusion, flip: bool = False) -> None:
+        self.model, self.variants = model, 2 if flip else 1
+        self._file = tempfile.TemporaryFile(prefix="utilgen-latents-")  # noqa: SIM115
+        self._waiting: list[np.ndarray] = []
+        self.count = 0
+
+    def add(self, sample: Sample) -> None:
+        """Queue the image of `sample`; images are encoded in batches."""
+        self._waiting.append(decode_rgb(sample, self.model.size))
+        self.count += 1
+        if len(self._waiting) == BATCH:
+            self._encode()
+
+    @torch.no_grad()
+    def _encode(self) -> None:
+        images = torch.from_numpy(np.stack(self._waiting)).permute(0, 3, 1, 2).float() / 255
+        sides = (images, images.flip(-1))[: self.variants]
+        latents = [self.model.encode_images(x).float().cpu() for x in sides]
+        self._file.write(torch.stack(latents, 1).contiguous().numpy().tobytes())
+        self._waiting.clear()
+
+    def finish(self) -> Tensor:
+        """All latents, float32 [N, variants, C, h, w], backed by the file."""
+        if self._waiting:
+            self._encode()
+        self._file.flush()
+        shape = (self.count, self.variants, *self.model.latent_shape)
+        mapped = np.memmap(self._file, np.float32, "r+", shape=shape)
+        return torch.from_numpy(mapped)
+
+
+@torch.no_grad()
+def embed_prompts(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
+    """Prompt embeddings [P, L, D], computed once."""
+    return model.encode_prompts(list(prompts)).detach()
+
+
+def index_prompts(prompts: Iterable[str]) -> tuple[list[str], Tensor]:
+    """(distinct prompts in order of appearance, index of each prompt int64 [N])."""
+    known: dict[str, int] = {}
+    index = [known.setdefault(prompt, len(known)) for prompt in prompts]
+    return list(known), torch.tensor(index)

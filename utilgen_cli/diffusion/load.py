@@ -1,0 +1,214 @@
+"""A latent diffusion model with everything that drawing from it needs.
+
+Components are loaded one by one as the classes named here, from safetensors only: what a bundle's
+model_index.json asks for (custom pipelines, remote code) is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import UsageError
+from .adapters import add_adapters
+from .bundle import check_fit, find_model, load_component, read_defaults
+from .tokens import add_tokens, read_index
+
+TEMPLATE = "a photo of a {}"
+
+
+@dataclass
+class LatentDiffusion:
+    """A frozen Stable Diffusion 1.x/2.x: modules, noise schedule, and the bundle's defaults."""
+
+    name: str
+    tokenizer: Any  # CLIPTokenizer
+    text_encoder: Any  # CLIPTextModel
+    vae: Any  # AutoencoderKL
+    unet: Any  # UNet2DConditionModel
+    scheduler: Any  # DDIMScheduler
+    size: int  # pixels a side
+    steps: int
+    guidance_scale: float
+    classes: list[str] | None
+    template: str
+    clip: str | None  # open_clip model name, or a directory
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon` or `v_prediction`."""
+        kind: str = self.scheduler.config.prediction_type
+        return kind
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent."""
+        side = self.size // vae_scale(self.vae)
+        return self.unet.config.in_channels, side, side
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Padded token ids, int64 [P, L], on the model's device; too long prompts are cut."""
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        expanded = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
+        encoded = self.tokenizer(
+            expanded, padding="max_length", max_length=self.tokenizer.model_max_length,
+            truncation=True, return_tensors="pt",
+        )  # fmt: skip
+        return encoded.input_ids.to(self.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings [P, L, D], as StableDiffusionPipeline.encode_prompt makes them."""
+        chunks = self.token_ids(prompts).split(64)
+        return torch.cat([self.text_encoder(ids).last_hidden_state for ids in chunks])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] as images, float [B, 3, H, W] in [0, 1]; differentiable."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] as scaled latents, float [B, 4, h, w].
+
+        The posterior's mode, or with a generator a draw from it.
+        """
+        posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.dtype)).latent_dist
+        latents = posterior.mean
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + posterior.std * noise
+        return (latents * self.vae.config.scaling_factor).float()
+
+
+def vae_scale(vae: Any) -> int:
+    """Pixels a latent cell."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def load_model(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokens: Path | None = None,
+    adapters: Sequence[Path] = (),
+) -> LatentDiffusion:
+    """Load `tiny`, `sd15`, `sd21-base`, `sd21`, a hub id or a diffusers directory, frozen.
+
+    `tokens` is a directory that `invert` wrote; `adapters` are LoRA directories, stacked in order,
+    or (first) a full pipeline directory, whose U-Net replaces the model's.
+    Raises NoInput when something is not there or cannot be reached, BadInput when it does not fit.
+    """
+    device = torch.device(device)
+    with quiet_libraries():
+        model = _load_bundle(name, find_model(name), device, dtype)
+        if tokens is not None:
+            add_tokens(model, tokens)
+        add_adapters(model, [Path(adapter) for adapter in adapters])
+        for module in (model.unet, model.vae, model.text_encoder):
+            module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return model
+
+
+def class_prompts(
+    model: LatentDiffusion,
+    tokens: Path | None,
+    classes: Sequence[str] | None = None,
+    template: str | None = None,
+) -> list[str]:
+    """One prompt a class: "a photo of a dress", or with tokens "a photo of a <utilgen-0003>"."""
+    if tokens is not None:
+        names = read_index(tokens)["tokens"]
+    else:
+        names = class_names(model, None, classes)
+    template = template or model.template
+    if "{}" not in template:
+        raise UsageError(f"--prompt {template!r}", "has no {} for the class name")
+    return [template.replace("{}", name) for name in names]
+
+
+def class_names(
+    model: LatentDiffusion, tokens: Path | None, classes: Sequence[str] | None = None
+) -> list[str]:
+    """The class names in index order: the tokens' list, the given one, or the bundle's."""
+    known: list[str] | None = read_index(tokens)["classes"] if tokens is not None else model.classes
+    if classes and tokens is not None and list(classes) != known:
+        raise UsageError("--classes", f"differ from those of {tokens}", "Leave --classes out.")
+    names = list(classes) if classes else known
+    if not names:
+        raise UsageError(
+            f"model {model.name}", "names no classes", "Name them with --classes or give --tokens."
+        )
+    return names
+
+
+def _load_bundle(
+    name: str, path: Path, device: torch.device, dtype: torch.dtype
+) -> LatentDiffusion:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    def weights(folder: str, kind: Any, **options: Any) -> Any:
+        load = partial(kind.from_pretrained, use_safetensors=True, local_files_only=True)
+        return load_component(path, folder, partial(load, **options))
+
+    unet = weights("unet", UNet2DConditionModel, torch_dtype=dtype)
+    vae = weights("vae", AutoencoderKL, torch_dtype=dtype)
+    text_encoder = weights("text_encoder", CLIPTextModel, dtype=dtype)
+    tokenizer = load_component(path, "tokenizer", CLIPTokenizer.from_pretrained)
+    scheduler = load_component(path, "scheduler", partial(load_scheduler, DDIMScheduler))
+    check_fit(path, unet, text_encoder)
+    bundle = read_defaults(path)
+    return LatentDiffusion(
+        name=name, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet,
+        scheduler=scheduler, size=bundle.get("size", unet.config.sample_size * vae_scale(vae)),
+        steps=bundle.get("steps", 25), guidance_scale=float(bundle.get("guidance_scale", 7.5)),
+        classes=bundle.get("classes"), template=bundle.get("template", TEMPLATE),
+        clip=bundle.get("clip"), device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def load_scheduler(kind: Any, path: Path) -> Any:
+    """The bundle's noise schedule as DDIM, whatever sampler the bundle names.
+
+    Latents are never clipped (DDIMScheduler would by default), and a schedule that ends at zero
+    signal keeps 2^-24 of it, as diffusers' own solvers do.
+    """
+    config = json.loads((path / "scheduler_config.json").read_text())
+    scheduler = kind.from_config(config, clip_sample=False, thresholding=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.clamp(min=2**-24)
+    return scheduler
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers' and transformers' log lines, warnings and loading bars off the terminal."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()

@@ -1,0 +1,86 @@
+"""Preference losses of a diffusion model, as functions of how much better it denoises each image.
+
+Legend: L = |target - prediction|^2 as the MEAN over the latent's elements (target is the noise or
+v, as the model predicts); dL = L_psi - L_ref; w and l are the preferred and the other image, both
+at the same t and with the same noise. Diffusion-DPO (Wallace et al. 2024, equation 14) is
+    L = -E log sigma(-beta (dL_w - dL_l))
+The one meaning of `beta` here: it multiplies the difference of mean squared errors and contains
+the paper's T and omega(lambda_t), which is constant. Other conventions convert by
+    beta = beta_public / 2            (public scripts: -0.5 * beta_dpo * mean squares; 5000 -> 2500)
+    beta = beta_paper T omega d       (the paper: sum of squares over the latent's d elements)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BETA_CONVENTION = (
+    "loss = -log sigmoid(-beta * (dL_w - dL_l)), dL = mean squared error of the model minus that "
+    "of the reference, mean over latent elements; T and omega are part of beta"
+)
+
+
+def beta_from_public(beta_dpo: float) -> float:
+    """Ours from that of the public scripts (-0.5 * beta_dpo * difference of mean squares)."""
+    return beta_dpo / 2
+
+
+def beta_to_public(beta: float) -> float:
+    """The public scripts' `--beta_dpo` of the same strength."""
+    return 2 * beta
+
+
+def beta_from_paper(beta: float, num_timesteps: int, omega: float, elements: int) -> float:
+    """Ours from the paper's beta, which multiplies T omega and a sum over `elements`."""
+    return beta * num_timesteps * omega * elements
+
+
+def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """L: mean squared error of each image in float32 or better; [B, ...] -> [B]."""
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+
+
+def diffusion_target(prediction_type: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the U-Net should say at x_t: the noise, or v = sqrt(a) noise - sqrt(1 - a) x0.
+
+    alpha_bar: [B, 1, 1, 1].
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    raise ValueError(f"prediction type {prediction_type!r} cannot be trained")
+
+
+def dpo_loss(dL_w: Tensor, dL_l: Tensor, beta: float, reference_point: Tensor) -> Tensor:
+    """-log sigma(-beta (dL_w - dL_l)); [B] each."""
+    return -F.logsigmoid(-beta * (dL_w - dL_l))
+
+
+def ipo_loss(dL_w: Tensor, dL_l: Tensor, beta: float, reference_point: Tensor) -> Tensor:
+    """(-beta (dL_w - dL_l) - 1/2)^2: beta^2 times IPO's (h - 1/(2 beta))^2 (Azar et al. 2023)."""
+    return (-beta * (dL_w - dL_l) - 0.5).square()
+
+
+def kto_loss(dL_w: Tensor, dL_l: Tensor, beta: float, reference_point: Tensor) -> Tensor:
+    """Per image 1 - sigma(+-(r - z)), r = -beta dL (Ethayarajh et al. 2024; Li et al. 2024).
+
+    The two images of a pair are judged each by itself against `reference_point` z (a scalar).
+    """
+    r_w, r_l = -beta * dL_w, -beta * dL_l
+    gains = torch.sigmoid(r_w - reference_point), torch.sigmoid(reference_point - r_l)
+    return 1 - (gains[0] + gains[1]) / 2
+
+
+def kto_reference_point(dL_w: Tensor, dL_l: Tensor, beta: float) -> Tensor:
+    """z: the batch's mean reward, at least 0, without gradient (a scalar)."""
+    return (-beta * (dL_w + dL_l) / 2).mean().detach()
+
+
+PreferenceLoss = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+LOSSES: dict[str, PreferenceLoss] = {"dpo": dpo_loss, "ipo": ipo_loss, "kto": kto_loss}

@@ -1,0 +1,214 @@
+"""`dpo` as one call: load, cache, train, watch, write."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
+from ..runtime.distributed import world
+from ..runtime.errors import NoInput, UsageError
+from ..runtime.files import write_atomic
+from ..runtime.progress import Progress, silent
+from ..runtime.seeds import seed_everything
+from ..shards.sample import Sample
+from .adapters import LORA_WEIGHTS
+from .finetune import CHECKPOINT, FinetuneResult, finetune
+from .finetune_config import FinetuneConfig
+from .latents import embed_prompts
+from .load import LatentDiffusion, class_prompts, load_model
+from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
+from .pair_data import PairData, prompt_of, read_pairs
+from .preference import Denoisers, PreferenceObjective, full_denoisers, lora_denoisers
+from .preference_loss import BETA_CONVENTION, LOSSES, beta_to_public
+
+REFERENCES = ("base", "previous")
+DONE = "dpo.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceConfig:
+    """What to train on preference pairs, and how. `beta` as in preference_loss."""
+
+    model: str
+    tokens: Path | None = None
+    init: Path | None = None
+    reference: str = "base"
+    loss: str = "dpo"
+    beta: float = 2500.0
+    rank: int = 16
+    full: bool = False
+    flip: bool = False
+    gradient_checkpointing: bool = False
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        for name, known in (("reference", REFERENCES), ("loss", tuple(LOSSES))):
+            if getattr(self, name) not in known:
+                advice = f"Use one of {', '.join(known)}."
+                raise UsageError(f"--{name} {getattr(self, name)}", "unknown", advice)
+        if not self.beta > 0:
+            raise UsageError(f"--beta {self.beta}", "must be positive")
+        if self.reference == "previous" and self.init is None:
+            raise UsageError("--reference previous", "there is no previous round", "Add --init.")
+        if self.init is not None and not self.init.is_dir():
+            raise NoInput(f"--init {self.init}", "no such directory", "Name what dpo or lora made.")
+        if self.init is not None and self.full != (self.init / "unet").is_dir():
+            kind = "a LoRA adapter" if self.full else "a whole U-Net"
+            advice = "Leave --full out." if self.full else "Add --full."
+            raise UsageError(f"--init {self.init}", f"is {kind}", advice)
+
+
+def train_preference(
+    samples: Iterable[Sample],
+    out: Path,
+    config: PreferenceConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train on the pairs in `samples` and write the adapter (or pipeline) and dpo.json into `out`.
+
+    Resumes from `out`/checkpoint.safetensors. Returns what dpo.json says.
+    """
+    start = time.monotonic()
+    init = [] if config.init is None else [config.init]
+    model = load_model(
+        config.model, device=device, dtype=dtype, tokens=config.tokens, adapters=init
+    )
+    prompts = None if config.tokens is None else class_prompts(model, config.tokens)
+    pairs = read_pairs(
+        samples, model, lambda pair: prompt_of(pair, prompts, model.template),
+        flip=config.flip, progress=progress,
+    )  # fmt: skip
+    objective = make_objective(model, pairs, config)
+    result = finetune(
+        objective, config.finetune, checkpoint=out / CHECKPOINT,
+        fingerprint=pairs.fingerprint, description="dpo", progress=progress,
+    )  # fmt: skip
+    facts = {"model": config.model, "seconds": round(time.monotonic() - start, 1)}
+    summary = {**facts, **describe(objective, config, result)}
+    if world()[0] == 0:
+        write_result(model, config, out)
+        write_json(out / DONE, summary)
+        remove_checkpoint(out / CHECKPOINT)
+    return summary
+
+
+def make_objective(
+    model: LatentDiffusion, pairs: PairData, config: PreferenceConfig
+) -> PreferenceObjective:
+    """Embed the prompts once, then make psi and the reference out of the model's U-Net."""
+    embeds = embed_prompts(model, pairs.prompts)
+    off = adapters_off(tuner_layers(model.text_encoder))
+    with off if config.reference == "base" else nullcontext():
+        reference_embeds = embed_prompts(model, pairs.prompts)
+    if model.device.type != "cpu":
+        model.vae.to("cpu")
+        model.text_encoder.to("cpu")
+    denoisers = make_denoisers(model, config)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    return PreferenceObjective(
+        model, denoisers, pairs, embeds, reference_embeds, loss=config.loss, beta=config.beta,
+        seed=config.finetune.seed, batch_size=config.finetune.batch_size,
+    )  # fmt: skip
+
+
+def make_denoisers(model: LatentDiffusion, config: PreferenceConfig) -> Denoisers:
+    """LoRA: one U-Net. Full: the U-Net and a frozen copy (the base, or the round before)."""
+    if config.full:
+        base = None
+        if config.init is not None and config.reference == "base":
+            base = load_model(config.model, device=model.device, dtype=model.dtype).unet
+        return full_denoisers(model.unet, base)
+    name = adapter_name(config)
+    if config.init is None:
+        seed_everything(config.finetune.seed)
+        add_lora(model.unet, config.rank, UNET_TARGETS, name)
+    return lora_denoisers(model.unet, name, config.reference)
+
+
+def adapter_name(config: PreferenceConfig) -> str:
+    """`load_model` calls the adapter of --init adapter0."""
+    return "default" if config.init is None else "adapter0"
+
+
+def write_result(model: LatentDiffusion, config: PreferenceConfig, out: Path) -> None:
+    """The LoRA file (with the text encoder's part of --init), or the whole pipeline."""
+    if not config.full:
+        tensors = lora_tensors(model.unet, "unet", adapter_name(config))
+        if tuner_layers(model.text_encoder):
+            tensors |= lora_tensors(model.text_encoder, "text_encoder", adapter_name(config))
+        save_tensors(out / LORA_WEIGHTS, tensors, {"format": "pt"})
+        return
+    write_pipeline(model, config.model, out)
+
+
+def write_pipeline(model: LatentDiffusion, name: str, out: Path) -> None:
+    """The base pipeline (without class tokens) with the tuned U-Net, and the bundle's defaults."""
+    from .adapters import as_pipeline
+    from .bundle import find_model
+
+    base = load_model(name, dtype=model.dtype)
+    base.unet = model.unet.to("cpu", model.dtype)
+    as_pipeline(base).save_pretrained(out)
+    source = find_model(name)
+    if (source / "utilgen.json").is_file():
+        write_atomic(out / "utilgen.json", (source / "utilgen.json").read_bytes())
+    if base.clip is not None and Path(base.clip).is_dir():
+        shutil.copytree(base.clip, out / Path(base.clip).name, dirs_exist_ok=True)
+
+
+def describe(
+    objective: PreferenceObjective, config: PreferenceConfig, result: FinetuneResult
+) -> dict[str, Any]:
+    """What dpo.json says, beside the model and the time."""
+    by_step = {int(figures["step"]): figures for figures in result.history}
+    settings = {
+        name: value if value is None or isinstance(value, bool | int | float | dict) else str(value)
+        for name, value in asdict(config).items()
+    }
+    return {
+        **settings,
+        "beta_convention": BETA_CONVENTION,
+        "beta_public_scripts": beta_to_public(config.beta),
+        "pairs": len(objective.pairs),
+        "held_out": len(objective.held_out),
+        "prompts": objective.pairs.prompts[:100],
+        "trained_parameters": sum(p.numel() for p in objective.parameters.values()),
+        "prediction_type": objective.prediction_type,
+        "steps": result.steps,
+        "kept_step": result.best_step,
+        "stopped": result.stopped,
+        "before": by_step.get(0),
+        "kept": by_step.get(result.best_step),
+        "history": result.history,
+    }
+
+
+def outcome(summary: dict[str, Any]) -> list[str]:
+    """What a person should know of the run, from what dpo.json says."""
+    lines = []
+    if summary["stopped"]:
+        lines.append(f"stopped early, at step {summary['steps']}: {summary['stopped']}")
+    kept = summary["kept"]
+    if kept is None:
+        return [*lines, f"{summary['pairs']} pairs are too few to hold some out: nobody watched"]
+    lines.append(
+        f"kept step {summary['kept_step']} of {summary['steps']}: "
+        f"{100 * kept['accuracy']:.0f} % of {summary['held_out']} held-out pairs are ranked right, "
+        f"loss {summary['before']['loss']:.3f} -> {kept['loss']:.3f}, denoising error of winners "
+        f"{100 * kept['dL_w']:+.1f} %, of losers {100 * kept['dL_l']:+.1f} %"
+    )
+    if summary["kept_step"] == 0:
+        lines.append("nothing learned held on the held-out pairs: the generator is as it was")
+    return lines

@@ -1,0 +1,298 @@
+"""Prompt optimisation: p* = argmax_p score(g(p, eps), y) - lambda L_CLIP, through the sampler.
+
+Legend: theta the prompts of `prompts.py`; f_k the terms of the objective, w_k their weights; G the
+gradient at the images. Each term's own is divided by its RMS norm over the batch (the score's
+scale is arbitrary, and W saturates), so that a weight means the same for every term:
+    G = sum_k w_k g_k / rms|g_k|,   then one vector-Jacobian product G dimages/dtheta.
+Iterates are judged on noise that was never optimised on, by J = sum_k w_k f_k / s_k with s_k the
+rms|g_k| of the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import signals
+from ..runtime.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from ..runtime.errors import UtilgenError
+from ..runtime.progress import Progress, silent
+from ..runtime.seeds import derive_seed, step_generator
+from .ddim import initial_noise
+from .prompts import rms
+from .rollout import Rollout
+
+Labeller = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> predicted classes [B]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the objective: images, labels -> [B] or [classes]; its mean counts."""
+
+    name: str
+    weight: float
+    function: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Settings of the optimisation. `rate` is relative to the RMS of the starting embeddings."""
+
+    iterations: int = 40
+    images: int = 1  # a member and iteration
+    rate: float = 0.02
+    evaluate_every: int = 5
+    validation_images: int = 8  # a class, on noise of their own
+    patience: int = 4  # evaluations without a better iterate
+    max_fidelity_drop: float = 0.25
+    chunk: int = 64  # images whose graph is held at once
+    seed: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass
+class SearchState:
+    """Where the optimisation stands."""
+
+    iteration: int = 0
+    best: int = 0  # iteration of the best iterate
+    history: list[dict[str, Any]] = field(default_factory=list)
+    scales: dict[str, float] = field(default_factory=dict)  # s_k
+
+
+def image_gradients(
+    terms: list[Term], images: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """(G [B, 3, H, W], rms|g_k| by term name) at detached images."""
+    total, scales = torch.zeros_like(images), {}
+    for term in terms:
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            value = term.function(leaf, labels).mean() * len(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        scale = float(gradient.flatten(1).norm(dim=1).square().mean().sqrt())
+        scales[term.name] = scale
+        if scale > 0:
+            total += term.weight / scale * gradient
+    return total, scales
+
+
+def accumulate(
+    rollout: Rollout,
+    cond: Tensor,
+    noise: Tensor,
+    chosen: set[int],
+    gradient_of: Callable[[Tensor], Tensor],
+    chunk: int,
+) -> None:
+    """Add G dimages/dcond to what `cond` [B, L, D] depends on; a graph of `chunk` images at most.
+
+    A batch that fits is drawn once. A larger one is drawn without a graph for G (a term may value
+    the whole set), then chunk by chunk with it.
+    """
+    if len(noise) <= chunk:
+        images = rollout.images(noise, cond, chosen)
+        images.backward(gradient_of(images.detach()))
+        return
+    with torch.no_grad():
+        parts = zip(noise.split(chunk), cond.split(chunk), strict=True)
+        images = torch.cat([rollout.images(x, p, chosen) for x, p in parts])
+    gradient = gradient_of(images)
+    leaf = cond.detach().requires_grad_()
+    for x, p, g in zip(noise.split(chunk), leaf.split(chunk), gradient.split(chunk), strict=True):
+        rollout.images(x, p, chosen).backward(g)
+    cond.backward(leaf.grad)
+
+
+class PromptSearch:
+    """Optimise the prompts theta [C, M, ...] of `prompts`, all classes at once."""
+
+    def __init__(
+        self,
+        prompts: nn.Module,
+        rollout: Rollout,
+        terms: list[Term],
+        labellers: dict[str, Labeller],
+        config: SearchConfig,
+    ) -> None:
+        self.prompts, self.rollout, self.terms = prompts, rollout, terms
+        self.labellers, self.config = labellers, config
+        self.theta: nn.Parameter = prompts.theta  # type: ignore[assignment]
+        self.rate = config.rate * rms(self.theta.detach())
+        self.optimizer = torch.optim.Adam([self.theta], lr=self.rate, betas=(0.9, 0.99))
+        self.state = SearchState()
+        self.best_theta = self.theta.detach().clone()
+
+    def run(self, checkpoint: Path | None = None, progress: Progress = silent) -> Tensor:
+        """The best prompts, as embeddings [C, M, L, D]. Resumes from `checkpoint` if there is one.
+
+        Raises UtilgenError (alignment collapse) when label fidelity fell by more than allowed.
+        """
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        config, state = self.config, self.state
+        with progress("optimise prompts", config.iterations) as task:
+            task.advance(state.iteration)
+            while True:
+                if (
+                    state.iteration % config.evaluate_every == 0
+                    or state.iteration == config.iterations
+                ):
+                    self.evaluate()
+                    if checkpoint is not None:
+                        self.save(checkpoint)
+                        signals.check()
+                if state.iteration >= config.iterations or self.stale():
+                    break
+                self.step()
+                state.iteration += 1
+                task.advance(1, **self.figures())
+        with torch.no_grad():
+            self.theta.copy_(self.best_theta)
+            return self.all_embeds()
+
+    def step(self) -> None:
+        """One iteration: a batch of every member of every class, and one step of Adam."""
+        config, (classes, members) = self.config, self.grid(self.config.images)
+        generator = step_generator(config.seed, self.state.iteration, "ilpo-steps")
+        chosen = self.rollout.grad_steps.choose(self.rollout.timesteps(), generator)
+        noise = self.noise(classes, f"ilpo-noise-{self.state.iteration}")
+        self.optimizer.zero_grad()
+        cond = self.prompts(classes, members)
+
+        def gradient_of(images: Tensor) -> Tensor:
+            return image_gradients(self.terms, images, classes)[0]
+
+        accumulate(self.rollout, cond, noise, chosen, gradient_of, config.chunk)
+        gradient = self.theta.grad
+        assert gradient is not None
+        norm = gradient.flatten(2).norm(dim=2)[(..., *[None] * (gradient.dim() - 2))]
+        self.theta.grad = -gradient / norm.clamp_min(1e-20) * (gradient[0, 0].numel() ** 0.5)
+        self.optimizer.step()
+
+    def grid(self, images: int) -> tuple[Tensor, Tensor]:
+        """(class, member) of every image of a batch: [C * M * images] each."""
+        c, m = self.theta.shape[:2]
+        grid = torch.cartesian_prod(torch.arange(c), torch.arange(m)).repeat(images, 1)
+        return grid[:, 0].to(self.theta.device), grid[:, 1].to(self.theta.device)
+
+    def noise(self, classes: Tensor, purpose: str) -> Tensor:
+        """Noise for a batch, from a seed that the drawn images do not use."""
+        seed = derive_seed(purpose, self.config.seed)
+        items = [(c, i) for i, c in enumerate(classes.tolist())]
+        return initial_noise(self.rollout.model, seed, items)
+
+    @torch.no_grad()
+    def all_embeds(self) -> Tensor:
+        """Prompt embeddings [C, M, L, D] of the present theta."""
+        c, m = self.theta.shape[:2]
+        flat = self.prompts(*self.grid(1))
+        return flat.view(c, m, *flat.shape[1:]).cpu()
+
+    def evaluate(self) -> None:
+        """Judge the iterate on held-out noise; keep it if it is the best so far."""
+        facts = self.judge()
+        state = self.state
+        if not state.history:
+            state.scales = facts.pop("scales")
+        facts.pop("scales", None)
+        facts["objective"] = sum(
+            t.weight * facts[t.name] / state.scales[t.name]
+            for t in self.terms
+            if state.scales[t.name] > 0
+        )
+        state.history.append({"iteration": state.iteration, **facts})
+        self.watch_alignment()
+        if facts["objective"] >= state.history[self.best_row()]["objective"]:
+            state.best, self.best_theta = state.iteration, self.theta.detach().clone()
+
+    def judge(self) -> dict[str, Any]:
+        """Each term's mean, label fidelity by each labeller, and rms|g_k|, on validation noise."""
+        members = self.theta.shape[1]
+        classes, rows = self.grid(max(1, self.config.validation_images // members))
+        noise = self.noise(classes, "ilpo-validation")
+        with torch.no_grad():
+            cond = self.prompts(classes, rows)
+            parts = zip(noise.split(self.config.chunk), cond.split(self.config.chunk), strict=True)
+            images = torch.cat([self.rollout.images(x, p, set()) for x, p in parts])
+            facts: dict[str, Any] = {
+                t.name: float(t.function(images, classes).mean()) for t in self.terms
+            }
+            for name, labeller in self.labellers.items():
+                facts[f"fidelity_{name}"] = float((labeller(images) == classes).float().mean())
+        if not self.state.history:
+            facts["scales"] = image_gradients(self.terms, images, classes)[1]
+            self.refuse_flat(facts["scales"])
+        return facts
+
+    def refuse_flat(self, scales: dict[str, float]) -> None:
+        """An objective without any gradient cannot be climbed."""
+        first = self.terms[0]
+        if scales[first.name] == 0 or not all(torch.isfinite(torch.tensor(list(scales.values())))):
+            raise UtilgenError(
+                f"objective {first.name}",
+                "has no usable gradient at the images of the class prompts",
+                "Train the value model longer, or take another --objective.",
+            )
+
+    def watch_alignment(self) -> None:
+        """End the run when the images walk out of their classes (by the first labeller)."""
+        for name in list(self.labellers)[:1]:
+            first, last = (self.state.history[i][f"fidelity_{name}"] for i in (0, -1))
+            if first - last > self.config.max_fidelity_drop:
+                raise UtilgenError(
+                    "alignment collapse",
+                    f"label fidelity by {name} fell from {first:.2f} to {last:.2f} in "
+                    f"{self.state.iteration} iterations",
+                    "Raise --clip-weight, lower --rate, or allow it with --max-fidelity-drop.",
+                )  # fmt: skip
+
+    def best_row(self) -> int:
+        """The row of the history that holds the best iterate."""
+        return next(
+            i for i, row in enumerate(self.state.history) if row["iteration"] == self.state.best
+        )
+
+    def stale(self) -> bool:
+        """True when `patience` evaluations brought nothing better."""
+        return len(self.state.history) - 1 - self.best_row() >= self.config.patience
+
+    def figures(self) -> dict[str, float | str]:
+        """What the progress line shows."""
+        row = self.state.history[-1]
+        return {k: v for k, v in row.items() if k != "iteration"}
+
+    def save(self, path: Path) -> None:
+        """Write the whole state; a run that resumes ends with the same prompts."""
+        tensors = {
+            "theta": self.theta.detach(),
+            "best": self.best_theta,
+            **optimizer_tensors(self.optimizer),
+        }
+        save_checkpoint(path, tensors, {"config": self.config.facts(), "state": asdict(self.state)})
+
+    def resume(self, path: Path) -> None:
+        """Continue from what `save` wrote, if it was written under the same settings."""
+        found = load_checkpoint(path)
+        if found is None or found[1]["config"] != self.config.facts():
+            return
+        tensors, meta = found
+        with torch.no_grad():
+            self.theta.copy_(tensors["theta"])
+        self.best_theta = tensors["best"].to(self.theta)
+        restore_optimizer(self.optimizer, tensors)
+        self.state = SearchState(**meta["state"])
+        self.state.history.pop()  # `run` evaluates this iterate again

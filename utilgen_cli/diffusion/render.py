@@ -1,0 +1,116 @@
+"""Latents to encoded images, off the critical path, with one number of rows in every call.
+
+Matrix and convolution kernels round differently for different shapes, so the last batch is filled
+up: an image's bytes depend on its own seed, and not on what is drawn beside it, in which part, or
+after which restart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..shards.images import encode_image
+
+if TYPE_CHECKING:
+    from torch.cuda import Event
+
+    from .load import LatentDiffusion
+
+Item = tuple[int, int]  # (class index, image index)
+Latents = Callable[[Sequence[Item]], Tensor]
+AHEAD = 2  # batches that may wait for their encoding
+
+
+def tile(model: LatentDiffusion, batch_size: int | None = None) -> int:
+    """Rows a call. On the CPU it does not follow the batch size, so that nothing else does either:
+    16 small latents saturate it, as one large one does."""
+    small = model.latent_shape[1] * model.latent_shape[2] <= 256
+    if model.device.type == "cpu":
+        return 16 if small else 1
+    return batch_size or (256 if small else 16)
+
+
+def prefer_channels_last(model: LatentDiffusion) -> None:
+    """The memory layout that convolutions like: everywhere on a GPU, in the VAE on the CPU."""
+    model.vae.to(memory_format=torch.channels_last)
+    if model.device.type == "cuda":
+        model.unet.to(memory_format=torch.channels_last)
+
+
+def render(
+    model: LatentDiffusion,
+    items: Sequence[Item],
+    latents: Latents,
+    rows: int,
+    format: str = "png",
+) -> Iterator[tuple[Item, bytes]]:
+    """(item, encoded image) in order; `latents` is always called with `rows` items.
+
+    The next batch is under way while threads fetch and encode the images of the last one.
+    """
+    with encoders() as (fetch, encode):
+
+        def finish(wait: Callable[[], np.ndarray]) -> list[bytes]:
+            return list(encode.map(lambda rgb: encode_image(rgb, format), wait()))
+
+        def batches() -> Iterator[tuple[Sequence[Item], Future[list[bytes]]]]:
+            for start in range(0, len(items), rows):
+                part = items[start : start + rows]
+                filled = [*part, *[part[-1]] * (rows - len(part))]
+                images = decode_pixels(model, latents(filled))[: len(part)]
+                yield part, fetch.submit(finish, to_host(images))
+
+        for part, images in run_ahead(batches(), AHEAD):
+            yield from zip(part, images.result(), strict=True)
+
+
+@contextmanager
+def encoders() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """A thread that waits for the device, and threads that encode."""
+    with ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as encode:
+        yield fetch, encode
+
+
+def run_ahead(batches: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """The batches in order, each handed on only when `ahead` more have been started."""
+    waiting: deque[Any] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+@torch.no_grad()
+def decode_pixels(model: LatentDiffusion, latents: Tensor) -> Tensor:
+    """Latents [B, 4, h, w] as uint8 [B, H, W, 3], a few large images at a time."""
+    chunk = len(latents) if model.size <= 128 else 8
+    parts = [model.decode(part) for part in latents.split(chunk)]
+    return (torch.cat(parts) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_host(images: Tensor) -> Callable[[], np.ndarray]:
+    """Start the copy to the CPU; the function that comes back waits for it."""
+    if images.device.type != "cuda":
+        array: np.ndarray = images.cpu().numpy()
+        return lambda: array
+    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host.copy_(images, non_blocking=True)
+    done: Event = torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        copied: np.ndarray = host.numpy()
+        return copied
+
+    return wait
