@@ -1,0 +1,71 @@
+"""`utilgen pairs` as a stage: streams, directories, a listing on a terminal, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+from .conftest import Run, make_sample, tar_bytes
+from .test_pairing_strategies import picture, scored
+
+
+def scored_tar() -> bytes:
+    return tar_bytes(
+        scored(f"{c}-{i}", i / 8, c, picture(10 * c + i)) for i in range(8) for c in (0, 1)
+    )
+
+
+def test_a_pipe_in_and_a_tar_out(utilgen: Run) -> None:
+    done = utilgen("pairs", "-q", input=scored_tar())
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert tar.getnames()[:4] == ["0-7.win.png", "0-7.lose.png", "0-7.cls", "0-7.json"]
+        assert len(tar.getnames()) == 16
+    assert utilgen("pairs", input=scored_tar()).stdout == done.stdout
+
+
+def test_a_directory_and_a_summary(utilgen: Run, tmp_path: Path) -> None:
+    (tmp_path / "scored.tar").write_bytes(scored_tar() + tar_bytes([scored("alone", 0.5, 2)]))
+    done = utilgen("pairs", "scored.tar", "-o", "pairs", "--json")
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["pairs"] == 4 and summary["classes"]["2"]["why_none"] == "it has one sample"
+    piped = utilgen("pairs", "scored.tar", "-o", "-")
+    assert (tmp_path / "pairs" / "00000.tar").read_bytes() == piped.stdout
+    assert b"no pair in class 2: it has one sample" in piped.stderr
+
+
+def test_a_terminal_gets_a_listing(bash: Run, tmp_path: Path) -> None:
+    (tmp_path / "scored.tar").write_bytes(scored_tar())
+    utilgen = f"{sys.executable} -m utilgen_cli"
+    done = bash(f"script -qec '{utilgen} pairs scored.tar -q' /dev/null", stdin=-3)
+    text = done.stdout.decode()
+    assert "\0" not in text and "0.8750" in text and "-o DIR" in text
+
+
+def test_unscored_samples_are_65_and_one_line(utilgen: Run, tmp_path: Path) -> None:
+    done = utilgen("pairs", "-q", "-o", "pairs", input=tar_bytes([make_sample(0)]), check=False)
+    assert done.returncode == 65
+    assert done.stderr.count(b"\n") == 1 and b"Run `utilgen value score` first." in done.stderr
+    assert not list((tmp_path / "pairs").glob("*.tar"))
+
+
+def test_a_broken_input_is_65_without_an_end_mark(utilgen: Run) -> None:
+    whole = scored_tar()
+    done = utilgen("pairs", "-q", input=whole[: len(whole) // 2], check=False)
+    assert done.returncode == 65 and done.stdout == b""
+
+
+def test_pairs_does_not_wait_for_torch(utilgen: Run, bash: Run, tmp_path: Path) -> None:
+    (tmp_path / "scored.tar").write_bytes(scored_tar())
+    code = (
+        "import sys; sys.argv = ['utilgen', 'pairs', 'scored.tar', '-q', '-o', 'p'];"
+        "from utilgen_cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    (tmp_path / "run.py").write_text(code)
+    assert bash(f"{sys.executable} run.py").returncode == 0
+    assert (tmp_path / "p" / "00000.tar").exists()

@@ -1,0 +1,99 @@
+"""`utilgen value train` and `utilgen value score` as programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from tests.valuation_toys import as_samples, colours, write_shards
+
+TRAIN = ("--steps", "12", "--folds", "2", "--snapshots", "1", "-q")
+
+
+def train_in(root, *more):
+    args = ["--real", "real", "--synthetic", "synth", "--val", "val", "-o", "value", *TRAIN, *more]
+    command = [sys.executable, "-m", "utilgen_cli", "value", "train", *args]
+    return subprocess.run(command, cwd=root, capture_output=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, and a value model trained by the command."""
+    root = tmp_path_factory.mktemp("world")
+    sets = {"real": colours(8, 1), "synth": colours(10, 2), "val": colours(4, 3)}
+    for name, data in sets.items():
+        write_shards(root / name, data)
+    done = train_in(root)
+    assert done.stdout == b"value\n"
+    assert b"canary" not in done.stdout
+    return root
+
+
+def test_score_streams_a_tar_that_tarfile_reads(world, utilgen):
+    done = utilgen("value", "score", world / "synth", "--value", world / "value", "-q")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        names = tar.getnames()
+        facts = json.load(tar.extractfile(names[3]))
+    assert [n.split(".", 1)[1] for n in names[:4]] == ["png", "cls", "json", "utility.json"]
+    assert len(names) == 4 * 30
+    assert facts["method"] == "weight-net" and 0 <= facts["utility"] <= 1
+
+
+def test_score_maps_shards_and_resumes(world, utilgen, tmp_path):
+    args = ("value", "score", world / "synth", "--value", world / "value", "-o", "scored")
+    utilgen(*args)
+    first = (tmp_path / "scored" / "00000.tar").stat()
+    utilgen(*args)
+    assert (tmp_path / "scored" / "00000.tar").stat().st_mtime_ns == first.st_mtime_ns
+
+
+def test_the_summary_is_one_json_line_on_stderr(world, utilgen):
+    done = utilgen("value", "score", world / "synth", "--value", world / "value", "-q", "--json")
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["all"]["samples"] == 30
+    assert set(summary["classes"]) == {"red", "green", "blue"}
+
+
+def test_select_and_lookahead(world, utilgen):
+    done = utilgen(
+        "value", "score", world / "synth", "--value", world / "value", "--select", 6, "--lookahead",
+        "--real", world / "real", "--val", world / "val", "-q", "--json",
+    )  # fmt: skip
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert len(tar.getnames()) == 4 * 6
+    assert json.loads(done.stderr.splitlines()[-1])["lookahead"]["samples"] == 30
+
+
+def test_train_prints_json_and_is_done_the_second_time(world):
+    again = train_in(world, "--json")
+    assert json.loads(again.stdout) == json.loads((world / "value" / "value.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "args, code, line",
+    [
+        (["score", "SYNTH", "--value", "nowhere"], 66, "Make one with `utilgen value train`"),
+        (["score", "SYNTH", "--value", "VALUE", "--method", "data-oob"], 2, "weight-net"),
+        (["score", "SYNTH", "--value", "VALUE", "--lookahead"], 2, "Add --real and --val"),
+        (["score", "OTHER", "--value", "VALUE"], 65, "the value model knows 3 classes"),
+        (["train", "--real", "SYNTH", "-o", "x", "--meta-gradient", "y"], 2, "jvp or exact-double"),
+        (["train", "--real", "SYNTH", "-o", "x", "--folds", "1"], 2, "Add --val"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_that_says_what_to_do(world, utilgen, tmp_path, args, code, line):
+    other = as_samples(colours(1, 5))[0].with_member("cls", b"7")
+    from utilgen_cli.shards.writer import write_shard
+
+    write_shard(tmp_path / "other.tar", [other])
+    names = {"SYNTH": world / "synth", "VALUE": world / "value", "OTHER": "other.tar"}
+    done = utilgen("value", *(names.get(a, a) for a in args), "-q", check=False)
+    assert done.returncode == code
+    errors = done.stderr.decode().splitlines()
+    assert errors[-1].startswith(f"utilgen: value {args[0]}: ") and line in errors[-1]
+    assert "Traceback" not in done.stderr.decode()
+    assert done.stdout == b"" or code == 65

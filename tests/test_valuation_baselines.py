@@ -1,0 +1,103 @@
+"""KNN-Shapley, influence and lookahead against their definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.valuation_toys import colours
+from utilgen_cli.valuation.baselines import knn_shapley, knn_shapley_joined
+from utilgen_cli.valuation.lookahead import lookahead
+from utilgen_cli.valuation.todv import ValueConfig
+from utilgen_cli.valuation.training import ValueData, train_values
+
+N, V, K = 6, 4, 2
+
+
+def knn_world(seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(N, 3, generator=generator, dtype=torch.float64), dim=1)
+    v = F.normalize(torch.randn(V, 3, generator=generator, dtype=torch.float64), dim=1)
+    y = torch.randint(2, (N,), generator=generator)
+    u = torch.randint(2, (V,), generator=generator)
+    return x, y, v, u
+
+
+def knn_utility(subset: tuple[int, ...], x, y, v, u) -> float:
+    """Mean over the validation points of (right votes among the K nearest) / K."""
+    total = 0.0
+    for point, label in zip(v, u, strict=True):
+        nearest = sorted(subset, key=lambda i: -float(point @ x[i]))[:K]
+        total += sum(bool(y[i] == label) for i in nearest) / K
+    return total / V
+
+
+def shapley(x, y, v, u) -> list[float]:
+    """The definition: marginal gains averaged over all orders."""
+    found = [0.0] * len(y)
+    for i in range(len(y)):
+        others = [j for j in range(len(y)) if j != i]
+        for size in range(len(y)):
+            weight = 1 / (len(y) * math.comb(len(y) - 1, size))
+            for subset in itertools.combinations(others, size):
+                gain = knn_utility((*subset, i), x, y, v, u) - knn_utility(subset, x, y, v, u)
+                found[i] += weight * gain
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_knn_shapley_is_the_shapley_value(seed):
+    x, y, v, u = knn_world(seed)
+    assert knn_shapley(x, y, v, u, K).tolist() == pytest.approx(shapley(x, y, v, u))
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_a_joined_point_has_its_value_in_the_whole_set(seed):
+    x, y, v, u = knn_world(seed)
+    for i in range(N):
+        rest = [j for j in range(N) if j != i]
+        alone = knn_shapley_joined(x[rest], y[rest], v, u, x[[i]], y[[i]], K)
+        together = knn_shapley(torch.cat([x[rest], x[[i]]]), torch.cat([y[rest], y[[i]]]), v, u, K)
+        torch.testing.assert_close(alone[0], together[-1])
+
+
+@pytest.fixture(scope="module")
+def value(tmp_path_factory):
+    config = ValueConfig(steps=30, batch_size=12, folds=2, snapshots=1, refresh=5, augment=False)
+    data = ValueData(colours(8, 1), colours(8, 2), colours(6, 3))
+    return train_values(data, config, tmp_path_factory.mktemp("value"), seed=0)
+
+
+def test_influence_is_the_drop_in_validation_loss_of_a_last_layer_step(value):
+    """<grad L_i, grad L_val> by autograd on the head, per fold, averaged."""
+    new, pool = colours(2, 9), [colours(8, 1), colours(6, 3)]
+    images = torch.cat([p.images for p in pool])
+    labels = torch.cat([p.labels for p in pool])
+    expected = torch.zeros(len(new))
+    for k, classifier in enumerate(value.classifiers):
+        held = torch.nonzero(value.held_out_folds(images) == k)[:, 0]
+        head = list(classifier.head.requires_grad_(True).parameters())
+
+        def gradient(x, y, classifier=classifier, head=head):
+            return torch.autograd.grad(F.cross_entropy(classifier(x / 255), y), head)
+
+        val = gradient(images[held], labels[held])
+        for i in range(len(new)):
+            own = gradient(new.images[[i]], new.labels[[i]])
+            expected[i] += sum((a * b).sum() for a, b in zip(own, val, strict=True)) / 2
+        classifier.head.requires_grad_(False)
+    found = value.judge_pixels(new.images, new.labels).influence
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_lookahead_puts_right_labels_above_wrong_ones(value):
+    good, bad = colours(10, 11), colours(10, 11)
+    bad.labels = (bad.labels + 1) % 3
+    real, val = colours(8, 1), colours(6, 3)
+    gains = [lookahead(value, real, data, val, steps=12, seed=0).gain for data in (good, bad)]
+    assert gains[0] > gains[1]
+    assert gains[1] < 0

@@ -1,0 +1,193 @@
+"""`value score` as a stage: order, bytes, duplicates, classes, a flat memory, a diverse subset."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.valuation_toys import as_samples, colours
+from utilgen_cli.runtime.errors import BadInput, UsageError
+from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.valuation.neighbours import Memory
+from utilgen_cli.valuation.score import Scorer, score_samples
+from utilgen_cli.valuation.select import pick_diverse, shares
+from utilgen_cli.valuation.subset import Aside, select_samples
+from utilgen_cli.valuation.todv import ValueConfig
+from utilgen_cli.valuation.training import ValueData, train_values
+from utilgen_cli.valuation.value_model import ValueModel
+
+METHODS = ("weight-net", "loss", "knn-shapley", "influence")
+
+
+@pytest.fixture(scope="module")
+def value(tmp_path_factory) -> ValueModel:
+    directory: Path = tmp_path_factory.mktemp("value")
+    config = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment=False)
+    data = ValueData(colours(8, 1), colours(12, 2), colours(4, 3))
+    return train_values(data, config, directory, seed=0)
+
+
+def with_label(sample: Sample, label: int, name: str) -> Sample:
+    relabelled = sample.with_member("cls", str(label).encode())
+    return relabelled.with_member("json", encode_json({"class_name": name}))
+
+
+def test_samples_keep_their_order_and_bytes(value):
+    samples = [s.with_member("note.txt", b"\x00as it was") for s in as_samples(colours(5, 7))]
+    scored = list(score_samples(iter(samples), value, batch_size=4))
+    assert [s.key for s in scored] == [s.key for s in samples]
+    for before, after in zip(samples, scored, strict=True):
+        assert list(after.members) == [*before.members, "utility.json"]
+        assert all(after.members[name] == data for name, data in before.members.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_the_same_facts(value, method):
+    sample = next(score_samples(as_samples(colours(1, 7)), value, method))
+    facts = sample.parsed("utility.json")
+    assert sorted(facts) == [
+        "disagreement", "loss", "margin", "method", "nearest", "predicted", "probability", "utility",
+    ]  # fmt: skip
+    assert facts["method"] == method
+    assert 0 <= facts["probability"] <= 1 and -1 <= facts["margin"] <= 1
+
+
+@pytest.mark.parametrize("method", ["weight-net", "knn-shapley", "influence"])
+def test_wrong_labels_score_below_right_ones(value, method):
+    right = as_samples(colours(6, 8))
+    names = ["red", "green", "blue"]
+    wrong = [with_label(s, (s.label + 1) % 3, names[(s.label + 1) % 3]) for s in right]
+    mean = [
+        sum(s.parsed("utility.json")["utility"] for s in score_samples(part, value, method))
+        for part in (right, wrong)
+    ]
+    assert mean[0] > mean[1]
+
+
+def test_the_batch_size_does_not_change_the_scores(value):
+    samples = as_samples(colours(5, 7))
+    one, many = (list(score_samples(samples, value, batch_size=n)) for n in (2, 64))
+    for a, b in zip(one, many, strict=True):
+        facts = a.parsed("utility.json"), b.parsed("utility.json")
+        assert facts[0].pop("predicted") == facts[1].pop("predicted")
+        assert facts[0].pop("method") == facts[1].pop("method")
+        assert facts[0] == pytest.approx(facts[1], rel=1e-3, abs=1e-5)
+
+
+def test_a_copy_is_nearer_than_anything_else(value):
+    samples = as_samples(colours(4, 7))
+    copy = Sample("copy", samples[5].members)
+    facts = [s.parsed("utility.json") for s in score_samples([*samples, copy], value)]
+    assert facts[-1]["nearest"] < 1e-5 < min(f["nearest"] for f in facts[:-1])
+
+
+def test_the_summary_counts_duplicates_and_agreement(value):
+    samples = as_samples(colours(4, 7))
+    copies = [Sample(f"copy{i}", s.members) for i, s in enumerate(samples)]
+    scorer = Scorer(value)
+    list(scorer([*samples, *copies]))
+    summary = scorer.summary()
+    assert summary["all"]["samples"] == 24
+    assert summary["all"]["duplicates"] >= 0.5
+    assert summary["all"]["agreement"] > 0.8
+    assert set(summary["classes"]) == {"red", "green", "blue"}
+
+
+@pytest.mark.parametrize("label, name, why", [(3, "grey", "3 classes"), (1, "teal", "'green'")])
+def test_another_task_s_classes_are_refused(value, label, name, why):
+    sample = with_label(as_samples(colours(1, 7))[0], label, name)
+    with pytest.raises(BadInput, match=why):
+        list(score_samples([sample], value))
+
+
+@pytest.mark.parametrize("method", ["data-oob", "nonsense"])
+def test_unknown_methods_are_named(value, method):
+    with pytest.raises(UsageError, match="weight-net"):
+        Scorer(value, method)
+
+
+def test_memory_is_flat_in_the_number_of_samples(value):
+    base = as_samples(colours(2, 7))
+
+    def stream(n: int) -> Iterator[Sample]:
+        for i in range(n):
+            yield Sample(f"{i:06d}", dict(base[i % len(base)].members))
+
+    def peak(n: int) -> int:
+        tracemalloc.start()
+        for _ in score_samples(stream(n), value, batch_size=16):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(64)
+    kept = (peak(1200) - peak(120)) / 1080
+    assert kept < 100 < len(base[0].members["png"])  # bytes a sample
+
+
+def test_the_ring_forgets_the_oldest_and_keeps_the_real_ones():
+    eye = torch.eye(6)
+    memory = Memory(eye[:1], capacity=2)
+    assert memory.nearest(eye[1:4]).tolist() == [1, 1, 1]
+    assert memory.nearest(eye[[1]]).tolist() == [1]  # 2 and 3 are in the ring
+    assert memory.nearest(eye[[3, 0]]).tolist() == [0, 0]
+
+
+def test_a_duplicate_in_the_same_batch_counts_only_against_the_earlier():
+    eye = torch.eye(3)
+    assert Memory(eye[:0]).nearest(eye[[0, 1, 0]]).tolist() == [2, 1, 0]
+
+
+def test_a_diverse_pick_takes_no_duplicate_while_there_is_another():
+    features = torch.eye(4)[[0, 0, 0, 1, 2]]
+    picked = pick_diverse(torch.tensor([0.9, 0.9, 0.9, 0.6, 0.1]), features, 3)
+    assert sorted(features[picked].argmax(1).tolist()) == [0, 1, 2]
+
+
+def test_the_greedy_pick_maximises_the_determinant_at_each_step():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(9, 4, generator=generator), dim=1)
+    utilities = torch.rand(9, generator=generator)
+    q = torch.exp(2.0 * utilities.argsort().argsort().double() / 8)
+    similar = 0.995 * (features.double() @ features.double().T) + 0.005 * torch.eye(9)
+    kernel = q[:, None] * similar * q
+    chosen: list[int] = []
+    for _ in range(4):
+        gains = {
+            i: torch.det(kernel[[*chosen, i]][:, [*chosen, i]]).item()
+            for i in range(9)
+            if i not in chosen
+        }
+        chosen.append(max(gains, key=gains.__getitem__))
+    assert pick_diverse(utilities, features, 4).tolist() == chosen
+
+
+def test_select_is_even_over_classes_and_keeps_the_order(value):
+    samples = as_samples(colours(8, 7))
+    picked = list(select_samples(iter(samples), Scorer(value), 6))
+    assert sorted(s.label for s in picked) == [0, 0, 1, 1, 2, 2]
+    keys = [s.key for s in samples]
+    assert [s.key for s in picked] == sorted((s.key for s in picked), key=keys.index)
+
+
+def test_shares_go_round_until_all_are_dealt():
+    assert shares(7, [1, 9, 9]) == [1, 3, 3]
+    assert shares(9, [1, 2]) == [1, 2]
+
+
+def test_aside_keeps_a_bounded_set_whatever_the_order(value, monkeypatch):
+    from utilgen_cli.valuation import subset
+
+    monkeypatch.setattr(subset, "ASIDE", 5)
+    samples = as_samples(colours(6, 7))
+    kept = []
+    for order in (samples, samples[::-1]):
+        aside = Aside(value.classes, value.size)
+        assert list(aside.watch(order)) == list(order)
+        kept.append(aside.images().keys)
+    assert kept[0] == kept[1] and len(kept[0]) == 5

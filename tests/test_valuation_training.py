@@ -1,0 +1,211 @@
+"""`train_values`: held-out judgements, artefacts that are readable elsewhere, resumption, canary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests.valuation_toys import CLASSES, colours
+from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
+from utilgen_cli.valuation.canary import auroc, verdict
+from utilgen_cli.valuation.pool import (
+    PLANTED,
+    REAL,
+    VALIDATION,
+    assign_folds,
+    make_pool,
+    pixel_hash,
+)
+from utilgen_cli.valuation.todv import ValueConfig
+from utilgen_cli.valuation.training import ValueData, train_values
+from utilgen_cli.valuation.value_model import load_value
+
+CONFIG = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment=False)
+DATA = ValueData(colours(8, 1), colours(12, 2), colours(4, 3))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("value")
+    train_values(DATA, CONFIG, directory, seed=0)
+    return directory
+
+
+def test_a_separable_task_passes_its_canary_and_weighs_low_losses_more(trained):
+    facts = json.loads((trained / "value.json").read_text())
+    assert facts["canary"]["auroc"] > 0.95
+    assert facts["canary"]["verdict"] == "ok"
+    curve = facts["weight_curve"]
+    assert curve["weight"][0] > curve["weight"][-1]
+    assert facts["loss_range"] == [curve["loss"][0], curve["loss"][-1]]
+
+
+def test_the_artefact_is_readable_without_utilgen(trained):
+    facts = json.loads((trained / "value.json").read_text())
+    assert facts["classes"] == CLASSES
+    assert len(facts["snapshots"]) == 2
+    for snapshot in facts["snapshots"]:
+        w = load_file(trained / snapshot["weight_net"])
+        assert w["hidden.weight"].shape == (100, 1)
+        for name in snapshot["classifiers"]:
+            assert load_file(trained / name)["head.weight"].shape[0] == 3
+
+
+def test_a_stopped_run_ends_in_the_same_bytes(trained, tmp_path, monkeypatch):
+    looks = iter([False] * 17)
+    monkeypatch.setattr(signals, "stop_requested", lambda: next(looks, True))
+    monkeypatch.setattr(signals, "_received", [15])
+    with pytest.raises(Stopped):
+        train_values(DATA, CONFIG, tmp_path, seed=0)
+    assert not (tmp_path / "value.json").exists()
+    monkeypatch.undo()
+    train_values(DATA, CONFIG, tmp_path, seed=0)
+    files = sorted(p.relative_to(trained) for p in trained.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    for name in files:
+        assert (trained / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_both_meta_gradients_train_the_same_weight_network(trained, tmp_path):
+    config = replace(CONFIG, meta_gradient="exact-double")
+    train_values(DATA, config, tmp_path, seed=0)
+    name = "snapshot-1/weight_net.safetensors"
+    one, two = load_file(trained / name), load_file(tmp_path / name)
+    start = load_file(trained / "snapshot-0/weight_net.safetensors")
+    assert (one["out.weight"] - start["out.weight"]).abs().max() > 1e-3
+    torch.testing.assert_close(one["out.weight"], two["out.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_one_fold_is_the_method_as_published(tmp_path):
+    value = train_values(DATA, replace(CONFIG, folds=1), tmp_path, seed=0)
+    assert value.folds == 1
+    assert value.held_out_folds(DATA.real.images).eq(-1).all()
+
+
+def test_no_classifier_trains_on_what_it_judges():
+    pool, known = make_pool(
+        DATA.real, DATA.synthetic, DATA.validation, folds=3, canaries=0.2, seed=0
+    )
+    hashes = pixel_hash(pool.images)
+    for fold in range(3):
+        real, other = pool.trained_on(fold)
+        seen = {hashes[i] for i in torch.cat([real, other]).tolist()}
+        judged = {h for h, f in known.items() if f == fold}
+        validated = {hashes[i] for i in pool.validated_on(fold).tolist()}
+        assert judged and not seen & judged
+        assert validated <= judged
+
+
+def test_canaries_are_real_pixels_with_another_label():
+    pool, _ = make_pool(DATA.real, DATA.synthetic, None, folds=2, canaries=0.2, seed=0)
+    hashes = pixel_hash(pool.images)
+    truth = {hashes[i]: int(pool.labels[i]) for i in range(len(pool)) if pool.roles[i] == REAL}
+    planted = torch.nonzero(pool.roles == PLANTED)[:, 0].tolist()
+    assert len(planted) == 12
+    assert all(truth[hashes[i]] != int(pool.labels[i]) for i in planted)
+
+
+def test_with_one_fold_validation_images_never_train():
+    pool, _ = make_pool(DATA.real, None, DATA.validation, folds=1, canaries=0.1, seed=0)
+    real, other = pool.trained_on(0)
+    assert not (pool.roles[torch.cat([real, other])] == VALIDATION).any()
+    assert (pool.roles[pool.validated_on(0)] == VALIDATION).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), min_size=1), st.integers(2, 5))
+@settings(max_examples=60, deadline=None)
+def test_folds_are_even_in_every_class_and_shared_by_duplicates(pairs, folds):
+    """Hash -> label is a function here, as it is for pixels with one label."""
+    pairs = [(label, 4 * h + label) for label, h in pairs]
+    labels, hashes = torch.tensor([p[0] for p in pairs]), [p[1] for p in pairs]
+    found = assign_folds(labels, hashes, folds, {})
+    of = {}
+    for h, f in zip(hashes, found.tolist(), strict=True):
+        assert of.setdefault(h, f) == f
+    for label in set(labels.tolist()):
+        counts = [0] * folds
+        for h in {h for h, y in zip(hashes, labels.tolist(), strict=True) if y == label}:
+            counts[of[h]] += 1
+        assert max(counts) - min(counts) <= 1
+
+
+def test_known_images_are_judged_by_their_own_fold_alone(trained):
+    value = load_value(trained)
+    images, labels = DATA.real.images[:6], DATA.real.labels[:6]
+    folds = value.held_out_folds(images)
+    assert set(folds.tolist()) == {0, 1}
+    found = value.judge_pixels(images, labels).loss
+    for k in (0, 1):
+        alone = value.only([k]).loss(images[folds == k] / 255, labels[folds == k])
+        torch.testing.assert_close(found[folds == k], alone)
+
+
+def test_new_images_are_judged_by_all(trained):
+    value = load_value(trained)
+    new = colours(2, 9)
+    losses = [value.only([k]).loss(new.images / 255, new.labels) for k in (0, 1)]
+    torch.testing.assert_close(
+        value.judge_pixels(new.images, new.labels).loss, torch.stack(losses).mean(0)
+    )
+
+
+def test_utility_has_the_gradient_of_its_differences(trained):
+    value = load_value(trained).double()
+    x = torch.rand(2, 3, SIZE := 16, SIZE, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 2])
+    for score in (value.logit, value.utility, value.loss):
+        (gradient,) = torch.autograd.grad(score(x, labels).sum(), x)
+        direction = torch.sign(gradient)
+        step = 1e-6 * direction
+        with torch.no_grad():
+            slope = (score(x + step, labels) - score(x - step, labels)).sum() / 2e-6
+        torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-3, atol=1e-9)
+        assert slope > 0
+
+
+def test_images_of_any_size_are_judged(trained):
+    value = load_value(trained)
+    assert value.utility(torch.rand(2, 3, 40, 40), torch.tensor([0, 1])).shape == (2,)
+
+
+def test_an_inverted_model_is_refused_unless_forced(trained, tmp_path):
+    import shutil
+
+    copy = Path(shutil.copytree(trained, tmp_path / "value"))
+    facts = json.loads((copy / "value.json").read_text())
+    facts["canary"]["auroc"] = 0.31
+    (copy / "value.json").write_text(json.dumps(facts))
+    with pytest.raises(UtilgenError, match=r"0\.31"):
+        load_value(copy)
+    assert load_value(copy, force=True).classes == CLASSES
+
+
+def test_a_missing_or_damaged_model_says_so(trained, tmp_path):
+    with pytest.raises(NoInput, match="utilgen value train"):
+        load_value(tmp_path / "nothing")
+    (tmp_path / "value.json").write_text("{}")
+    with pytest.raises(BadInput):
+        load_value(tmp_path)
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(6, (20,), generator=generator).float()
+    b = torch.randint(5, (30,), generator=generator).float()
+    pairs = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
+    assert auroc(a, b) == pytest.approx(pairs.mean().item())
+    assert [verdict(x) for x in (0.95, 0.7, 0.4, None)] == ["ok", "weak", "inverted", "unknown"]
+
+
+def test_more_folds_than_images_are_refused(tmp_path):
+    one = DATA.real.subset([0, 3])
+    with pytest.raises(UsageError, match="too few real images"):
+        train_values(ValueData(one), replace(CONFIG, folds=3), tmp_path)

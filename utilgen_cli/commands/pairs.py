@@ -1,0 +1,66 @@
+"""`utilgen pairs`: high- against low-utility samples of the same class."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def pairs(
+    shards: o.Shards = None,
+    output: o.StreamOutput = "-",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="top-bottom: the best against the worst; random-margin: any two that differ; "
+            "nearest: high and low that look alike, so that a pair differs in utility, not in pose."
+        ),
+    ] = "top-bottom",
+    quantile: Annotated[
+        float, typer.Option(help="Share of a class that can win, and that can lose (to 0.5).")
+    ] = 0.25,
+    min_margin: Annotated[float, typer.Option(help="Least difference in utility of a pair.")] = 0.0,
+    max_per_class: Annotated[
+        int | None, typer.Option(min=1, help="Most pairs a class. Default: no limit.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="utilgen, or pickapic: jpg_0 jpg_1 label_0 caption.")
+    ] = "utilgen",
+    seed: o.Seed = 0,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Pair high- with low-utility samples of each class, for `utilgen dpo`.
+
+    Example: utilgen value score synth/ | utilgen pairs -o pairs/
+    """
+    import sys
+    from dataclasses import asdict
+
+    from ..runtime.progress import reporter
+    from ..shards.operands import open_source
+    from ..valuation.pairing import PairingConfig, PairingReport, pair_samples
+    from .streams import Listing, report, run_reduction
+
+    config = PairingConfig(strategy, quantile, min_margin, max_per_class, seed, layout)
+    found = PairingReport()
+    listing = Listing(
+        ("winner", "loser", "class", "win_utility", "lose_utility"),
+        lambda s: [s.facts[n] for n in ("win_key", "lose_key")]
+        + [s.facts.get("class_name", s.label)]
+        + [s.facts[n] for n in ("win_utility", "lose_utility")],
+    )  # fmt: skip
+    source = open_source(shards)
+    settings = {**asdict(config), "input": [str(p) for p in source.paths]}
+    made = pair_samples(source.samples(), config, found, reporter(quiet))
+    run_reduction(made, output, "pairs", settings, overwrite,
+                  listing if layout == "utilgen" else None)  # fmt: skip
+    if found.classes and not as_json and not quiet:
+        for line in found.lines():
+            print(f"utilgen: {line}", file=sys.stderr)
+    report(found.as_dict(), as_json, "")

@@ -1,0 +1,141 @@
+"""`utilgen value train` and `utilgen value score`: learn and apply how useful a sample is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    Device,
+    Json,
+    ModelOutput,
+    Overwrite,
+    Part,
+    Quiet,
+    Seed,
+    Shards,
+    Smoke,
+    StreamOutput,
+    Value,
+    Verbose,
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Use a value model that failed its canary.")]
+
+
+def train(
+    real: Annotated[list[str], typer.Option("--real", help="Real shards; may repeat.")],
+    output: ModelOutput,
+    synthetic: Annotated[
+        list[str] | None, typer.Option("--synthetic", help="Generated shards; may repeat.")
+    ] = None,
+    val: Annotated[
+        list[str] | None,
+        typer.Option("--val", help="More real shards; may repeat. Default: --real alone."),
+    ] = None,
+    arch: Annotated[
+        str, typer.Option(help="small-cnn, a timm name, or open_clip:NAME-or-directory.")
+    ] = "small-cnn",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from timm's weights.")
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels a side. Default: the images', at most 224.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each classifier.")] = 300,
+    folds: Annotated[
+        int, typer.Option(min=1, help="Classifiers, each without its fold; 1: in-sample losses.")
+    ] = 3,
+    snapshots: Annotated[
+        int, typer.Option(min=1, max=100, help="Points of the trajectory to average over.")
+    ] = 3,
+    meta_gradient: Annotated[
+        str, typer.Option(help="jvp, or exact-double: the same by double backward, to check.")
+    ] = "jvp",
+    meta_every: Annotated[
+        int, typer.Option(min=1, help="Steps per step of the weight network.")
+    ] = 3,
+    weight_lr: Annotated[
+        float, typer.Option(min=1e-6, max=1e-3, help="Adam rate of the weight network.")
+    ] = 1e-3,
+    seed: Seed = 0,
+    device: Device = None,
+    smoke: Smoke = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Learn the value of samples: a few-shot classifier and a weight network (TODV).
+
+    Example: utilgen value train --real real/ --synthetic synth/ --val val/ -o value/
+    """
+    from ..runtime.device import pick_device
+    from ..runtime.progress import reporter
+    from ..valuation.todv import ValueConfig
+    from .training import finish
+    from .valuing import smoke_config, train_into, train_lines
+
+    config = ValueConfig(
+        arch=arch, pretrained=pretrained, steps=steps, folds=folds, snapshots=snapshots,
+        meta_gradient=meta_gradient, meta_every=meta_every, weight_lr=weight_lr,
+    )  # fmt: skip
+    config = smoke_config(config) if smoke else config
+    facts = train_into(
+        output, config, {"real": real, "synthetic": synthetic or [], "val": val or []}, size,
+        seed, pick_device(device), overwrite, reporter(quiet),
+    )  # fmt: skip
+    finish(output, facts, as_json, quiet, train_lines(facts))
+
+
+def score(
+    shards: Shards = None,
+    value: Value = Path("value"),
+    output: StreamOutput = "-",
+    method: Annotated[
+        str, typer.Option(help="weight-net, loss (GAP), knn-shapley or influence (TracIn).")
+    ] = "weight-net",
+    select: Annotated[
+        int | None, typer.Option(min=1, help="Pass on only so many: useful, and unlike each other.")
+    ] = None,
+    lookahead: Annotated[
+        bool, typer.Option("--lookahead", help="Also value the set as a whole.")
+    ] = False,
+    real: Annotated[
+        list[str] | None, typer.Option("--real", help="Real shards, for --lookahead; may repeat.")
+    ] = None,
+    val: Annotated[
+        list[str] | None, typer.Option("--val", help="Validation shards, for --lookahead.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
+    part: Part = None,
+    device: Device = None,
+    force: Force = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Add `utility.json` to every sample: utility, loss, prediction, margin, nearest duplicate.
+
+    Example: utilgen value score synth/ --value value/ -o scored/
+
+    What the value model was trained on is judged by the classifier that was held out from it.
+    """
+    from ..runtime.device import pick_device
+    from ..runtime.progress import reporter
+    from ..valuation.score import Scorer
+    from ..valuation.value_model import load_value
+    from .valuing import LISTING, ScoreRequest, run_scoring, score_lines, warn
+
+    request = ScoreRequest(
+        output, method, select, lookahead, real or [], val or [], overwrite, part
+    )
+    request.check()
+    model = load_value(value, pick_device(device), force)
+    warn(model.warning(), quiet)
+    scorer = Scorer(model, method, batch_size, reporter(quiet))
+    summary = run_scoring(shards, value, scorer, request, LISTING)
+    score_lines(summary, as_json, quiet)

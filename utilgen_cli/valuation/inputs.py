@@ -1,0 +1,42 @@
+"""The images of `value train`, read at the size that the architecture wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..classification.data import concatenate, load_images
+from ..classification.models import build_classifier
+from ..runtime.progress import Progress, silent
+from ..shards.images import decode_rgb
+from ..shards.operands import Source, open_source
+from .training import ValueData
+
+LARGEST = 224  # default side in pixels where the images are larger
+
+
+def native_size(source: Source) -> int:
+    """The shorter side of the first image, at most LARGEST."""
+    for sample in source.samples():
+        return min(LARGEST, *decode_rgb(sample).shape[:2])
+    return LARGEST
+
+
+def load_value_data(
+    real: Sequence[str],
+    synthetic: Sequence[str],
+    validation: Sequence[str],
+    arch: str,
+    size: int | None = None,
+    progress: Progress = silent,
+) -> ValueData:
+    """Read all sets with the classes of `real`; BadInput where another set disagrees with them."""
+    source = open_source(real)
+    # Two classes will do to learn the side of the images that the architecture is built for.
+    side = build_classifier(arch, 2, size or native_size(source)).transform["size"]
+    first = load_images(source, side, None, progress)
+    rest = [
+        [load_images(open_source([name]), side, first.classes, progress) for name in names]
+        for names in (synthetic, validation)
+    ]
+    joined = [concatenate(sets) if sets else None for sets in rest]
+    return ValueData(first, joined[0], joined[1])

@@ -1,0 +1,88 @@
+"""What a *set* is worth: the drop in validation loss after a short fine-tune with it.
+
+A function of single losses cannot see redundancy: a hundred copies of one good image look like a
+hundred good images. Fine-tuning the current classifier on real + set sees it.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..classification.data import LabelledImages
+from ..classification.train import TrainConfig, predict, train_classifier
+from ..runtime.progress import Progress, silent
+from .value_model import ValueModel
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """Validation losses after fine-tuning on real images alone and with the set."""
+
+    without: float
+    with_set: float
+    standard_error: float  # of the gain, over classifiers
+
+    @property
+    def gain(self) -> float:
+        """Drop in validation loss that the set brings; positive is good."""
+        return self.without - self.with_set
+
+
+def fine_tuned_loss(
+    model: nn.Module, real: LabelledImages, extra: LabelledImages | None,
+    validation: LabelledImages, *, steps: int, lr: float, seed: int,
+) -> float:  # fmt: skip
+    """Validation loss of a copy of `model` after `steps` steps on real (and extra) images."""
+    config = TrainConfig(steps=steps, lr=lr, warmup=0.0)
+    tuned = copy.deepcopy(model).requires_grad_(True).train()
+    train_classifier(tuned, real, config, seed=seed, mix=extra)
+    logits = predict(tuned, validation.images)
+    return float(nn.functional.cross_entropy(logits, validation.labels))
+
+
+def lookahead(
+    value: ValueModel,
+    real: LabelledImages,
+    candidates: LabelledImages,
+    validation: LabelledImages,
+    *,
+    steps: int = 60,
+    lr: float = 5e-4,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Lookahead:
+    """Value a set by every classifier of `value`, each on real images held out from it.
+
+    Both runs of a classifier see the same real batches, so that noise cancels in the gain.
+    """
+    pairs = []
+    with progress("lookahead", len(value.classifiers)) as task:
+        for k, classifier in enumerate(value.classifiers):
+            train, held = held_out(value, k, real, validation)
+            losses = [
+                fine_tuned_loss(classifier, train, extra, held, steps=steps, lr=lr, seed=seed)
+                for extra in (None, candidates)
+            ]
+            pairs.append(losses)
+            task.advance(gain=losses[0] - losses[1])
+    gains = [before - after for before, after in pairs]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    without, with_set = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+    return Lookahead(without, with_set, error)
+
+
+def held_out(
+    value: ValueModel, fold: int, real: LabelledImages, validation: LabelledImages
+) -> tuple[LabelledImages, LabelledImages]:
+    """(training, validation) images for classifier `fold`: it is never judged on what it knows."""
+    seen = [value.held_out_folds(data.images) for data in (real, validation)]
+    if value.folds == 1:
+        return real, validation
+    at = torch.nonzero((seen[1] == fold) | (seen[1] < 0))[:, 0]
+    kept: Tensor = torch.nonzero(seen[0] != fold)[:, 0]
+    return real.subset(kept), validation.subset(at if len(at) else range(len(validation)))

@@ -1,0 +1,147 @@
+"""The per-sample gate: `utility.json` for every sample of a stream."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.progress import Progress, silent
+from ..shards.images import decode_rgb
+from ..shards.sample import Sample, encode_json
+from .baselines import check_method, values_of
+from .neighbours import Memory
+from .value_model import Judgement, ValueModel
+
+UTILITY = "utility.json"
+FIELDS = ("utility", "loss", "probability", "margin", "nearest", "disagreement")
+
+
+@dataclass
+class ClassSummary:
+    """Sums over the samples of one class."""
+
+    duplicate_distance: float
+    samples: int = 0
+    right: int = 0  # predicted as what they are labelled
+    duplicates: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, facts: dict[str, Any], label: int) -> None:
+        self.samples += 1
+        self.right += facts["predicted"] == label
+        self.duplicates += facts["nearest"] < self.duplicate_distance
+        for name in ("utility", "loss", "disagreement"):
+            self.sums[name] = self.sums.get(name, 0.0) + facts[name]
+
+    def row(self) -> dict[str, Any]:
+        """Means and shares."""
+        n = max(1, self.samples)
+        means = {name: round(total / n, 4) for name, total in self.sums.items()}
+        return {
+            "samples": self.samples,
+            **means,
+            "agreement": round(self.right / n, 4),
+            "duplicates": round(self.duplicates / n, 4),
+        }
+
+
+class Scorer:
+    """A stage: samples in, the same samples with `utility.json` out, in order; memory is flat.
+
+    `nearest` looks among the real images and the last 4,096 samples of the same shard (or stream),
+    so that a resumed run writes the same bytes.
+    """
+
+    def __init__(
+        self,
+        value: ValueModel,
+        method: str = "weight-net",
+        batch_size: int = 256,
+        progress: Progress = silent,
+    ) -> None:
+        self.value, self.method, self.batch_size = value, check_method(method), batch_size
+        self.progress = progress
+        self.classes: dict[int, ClassSummary] = {}
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for scored, _ in self.with_features(samples):
+            yield scored
+
+    def with_features(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Tensor]]:
+        """Scored samples, each with its unit feature vector [D]."""
+        stored = [self.value.reference[f"{name}_features"] for name in ("train", "validation")]
+        memory = Memory(torch.cat(stored))
+        iterator = iter(samples)
+        with self.progress("value score", None) as task:
+            while batch := list(itertools.islice(iterator, self.batch_size)):
+                judged, labels = self._judge(batch)
+                facts = self._facts(judged, labels, memory.nearest(judged.features))
+                task.advance(len(batch))
+                for i, (sample, entry) in enumerate(zip(batch, facts, strict=True)):
+                    self._count(sample.label, entry)
+                    yield sample.with_member(UTILITY, encode_json(entry)), judged.features[i].cpu()
+
+    def _count(self, label: int, facts: dict[str, Any]) -> None:
+        if label not in self.classes:
+            self.classes[label] = ClassSummary(self.value.facts["duplicate_distance"])
+        self.classes[label].add(facts, label)
+
+    def _judge(self, batch: list[Sample]) -> tuple[Judgement, Tensor]:
+        for sample in batch:
+            check_class(sample, self.value.classes)
+        arrays = [torch.from_numpy(decode_rgb(s, self.value.size).copy()) for s in batch]
+        images = torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor([s.label for s in batch])
+        return self.value.judge_pixels(images, labels, self.batch_size), labels
+
+    def _facts(self, judged: Judgement, labels: Tensor, nearest: Tensor) -> list[dict[str, Any]]:
+        """The content of `utility.json` of each sample."""
+        labels = labels.to(judged.loss.device)
+        own = judged.probabilities.gather(1, labels[:, None])[:, 0]
+        others = judged.probabilities.scatter(1, labels[:, None], 0.0).amax(1)
+        value = values_of(self.method, self.value, judged, labels)
+        columns = (value, judged.loss, own, own - others, nearest, judged.spread)
+        rows = zip(*(c.tolist() for c in columns), strict=True)
+        predicted = judged.probabilities.argmax(1).tolist()
+        return [
+            {
+                **{name: float(f"{x:.6g}") for name, x in zip(FIELDS, row, strict=True)},
+                "predicted": p,
+                "method": self.method,
+            }
+            for row, p in zip(rows, predicted, strict=True)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Per class and over all, as JSON."""
+        total = ClassSummary(self.value.facts["duplicate_distance"])
+        for entry in self.classes.values():
+            total.samples += entry.samples
+            total.right += entry.right
+            total.duplicates += entry.duplicates
+            for name, x in entry.sums.items():
+                total.sums[name] = total.sums.get(name, 0.0) + x
+        rows = {self.value.classes[i]: self.classes[i].row() for i in sorted(self.classes)}
+        return {"method": self.method, "all": total.row(), "classes": rows}
+
+
+def score_samples(
+    samples: Iterable[Sample], value: ValueModel, method: str = "weight-net", batch_size: int = 256
+) -> Iterator[Sample]:
+    """Add `utility.json` to every sample. BadInput where a class is not the value model's."""
+    return Scorer(value, method, batch_size)(samples)
+
+
+def check_class(sample: Sample, classes: list[str]) -> None:
+    """BadInput if the sample's class is none of `classes`, or has another name there."""
+    label = sample.label
+    if label >= len(classes):
+        raise sample.bad(f"class {label}: the value model knows {len(classes)} classes")
+    name = sample.facts.get("class_name", classes[label])
+    if name != classes[label]:
+        raise sample.bad(f"class {label} is {name!r}, in the value model {classes[label]!r}")

@@ -1,0 +1,75 @@
+"""A diverse subset of high utility, by greedy maximisation of a determinant.
+
+Chen, Zhang and Zhou 2018, "Fast Greedy MAP Inference for DPPs", algorithm 1.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+CANDIDATES = 4  # kept for each sample that will be picked
+
+
+def pick_diverse(utilities: Tensor, features: Tensor, n: int, trade: float = 2.0) -> Tensor:
+    """Indices [n] in the order picked: quality times what is new in feature space.
+
+    utilities [N]; features [N, D] of unit length. A quality is exp(trade * utility's rank in
+    [0, 1]), so that the scale of the method does not matter.
+    """
+    n = min(n, len(utilities))
+    rank = utilities.argsort().argsort().double() / max(1, len(utilities) - 1)
+    quality = torch.exp(trade * rank)
+    # A little of the identity keeps the kernel regular when there are more points than features.
+    similar = 0.995 * (features.double() @ features.double().T) + 0.005 * torch.eye(len(features))
+    kernel = quality[:, None] * similar * quality[None]
+    rows = torch.zeros(0, len(utilities), dtype=torch.float64)
+    gain = kernel.diagonal().clone()
+    picked: list[int] = []
+    for _ in range(n):
+        best = int(gain.argmax())
+        picked.append(best)
+        row = (kernel[best] - rows[:, best] @ rows) / gain[best].sqrt()
+        rows = torch.cat([rows, row[None]])
+        gain = (gain - row**2).clamp_min(1e-12)
+        gain[picked] = -torch.inf
+    return torch.tensor(picked, dtype=torch.long)
+
+
+class Best(Generic[T]):
+    """The items of highest utility of each class, and no more of them than may be needed."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.heaps: dict[int, list[tuple[float, int, T]]] = {}
+        self.count = itertools.count()
+
+    def offer(self, label: int, utility: float, item: T) -> None:
+        """Keep `item` if it is among the best of its class so far; earlier ones win ties."""
+        heap = self.heaps.setdefault(label, [])
+        entry = (utility, -next(self.count), item)
+        if len(heap) < self.capacity:
+            heapq.heappush(heap, entry)
+        elif entry[:2] > heap[0][:2]:
+            heapq.heapreplace(heap, entry)
+
+    def of(self, label: int) -> list[tuple[float, int, T]]:
+        """(utility, position in the stream, item), in the order of the stream."""
+        return sorted(((u, -at, item) for u, at, item in self.heaps[label]), key=lambda e: e[1])
+
+
+def shares(total: int, available: Iterable[int]) -> list[int]:
+    """`total` dealt evenly over classes with `available` items each; small ones give all."""
+    left = list(available)
+    found = [0] * len(left)
+    while total > 0 and any(left):
+        for i, have in enumerate(left):
+            if have and total:
+                found[i], left[i], total = found[i] + 1, have - 1, total - 1
+    return found

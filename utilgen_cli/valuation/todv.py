@@ -1,0 +1,278 @@
+"""The TODV loop (UtilGen, section 3.1): classifiers theta and the weight network phi, together.
+
+Inner: theta_k on real and synthetic images outside fold k, weighted by W_phi and normalised per
+batch. Outer: phi on the loss of theta_k' (one virtual SGD step on) on real images held out from it.
+What W sees of an image is its held-out loss, from the classifier of the image's own fold; with one
+fold it is the loss in the batch, which is the published method.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..classification.data import augment, to_float
+from ..classification.models import Classifier, build_classifier, save_classifier
+from ..classification.train import TrainConfig, learning_rate, make_optimizer
+from ..runtime import signals
+from ..runtime.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    save_tensors,
+)
+from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
+from ..runtime.seeds import derive_seed, step_generator
+from .bilevel import META_GRADIENTS, Batch, commit_buffers, sample_losses
+from .pool import PLANTED, REAL, SYNTHETIC, VALIDATION, Pool
+from .weight_net import WeightNet, normalised
+
+ROLES = {"real": REAL, "validation": VALIDATION, "synthetic": SYNTHETIC, "planted": PLANTED}
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """Choices of one `value train`."""
+
+    arch: str = "small-cnn"
+    pretrained: bool = False
+    steps: int = 300  # steps of each classifier
+    batch_size: int = 64
+    folds: int = 3  # classifiers; 1 is the published method with in-sample losses
+    snapshots: int = 3  # points of the trajectory that scoring averages over
+    warmup: float = 0.2  # share of the steps before the held-out losses say anything
+    real_share: float = 0.5  # of a batch
+    lr: float = 2e-3
+    eta: float = 0.05  # rate of the virtual SGD step
+    weight_lr: float = 1e-3  # Adam rate of W; above it W was seen to turn over
+    meta_every: int = 3  # inner steps per outer step
+    meta_gradient: str = "jvp"
+    canaries: float = 0.05  # planted share
+    refresh: int = 20  # steps between looks at the held-out losses
+    augment: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return asdict(self)
+
+    def inner(self) -> TrainConfig:
+        """How the classifiers are trained."""
+        return TrainConfig(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+
+    def snapshot_steps(self) -> list[int]:
+        """Evenly over the last half of the trajectory, its end included."""
+        first = self.steps / 2
+        spread = (self.steps - first) / self.snapshots
+        return [round(first + spread * (i + 1)) for i in range(self.snapshots)]
+
+
+class Trajectory:
+    """The state of a run: K classifiers, W, their optimisers, and the losses shown to W."""
+
+    def __init__(
+        self, config: ValueConfig, pool: Pool, image_size: int, seed: int, device: torch.device
+    ) -> None:
+        self.config, self.pool, self.seed, self.device = config, pool, seed, device
+        self.models = [
+            build_classifier(
+                config.arch, len(pool.classes), image_size, config.pretrained,
+                seed=derive_seed("theta", seed, k),
+            ).to(device).train()
+            for k in range(config.folds)
+        ]  # fmt: skip
+        self.optimizers = [make_optimizer(model, config.inner()) for model in self.models]
+        self.weight_net = WeightNet(seed=derive_seed("phi", seed)).to(device)
+        self.weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=config.weight_lr)
+        self.shown = torch.zeros(len(pool))
+        self.trained = [pool.trained_on(k) for k in range(config.folds)]
+        self.validated = [pool.validated_on(k) for k in range(config.folds)]
+        self._refuse_empty_folds()
+        self.history: list[dict[str, float]] = []
+        self.step, self.outer = 0, 0.0
+
+    def _refuse_empty_folds(self) -> None:
+        real = [len(real) for real, _ in self.trained]
+        held = [len(at) for at in self.validated]
+        if min(real + held) == 0:
+            raise UsageError(
+                f"--folds {self.config.folds}", "too few real images for so many folds",
+                "Use fewer folds, or add real images.",
+            )  # fmt: skip
+
+    @property
+    def cross_fit(self) -> bool:
+        return self.config.folds > 1
+
+    def advance(self) -> None:
+        """One step of every classifier, and of phi where it is due."""
+        if self.step % self.config.refresh == 0:
+            self.look()
+        for k in range(self.config.folds):
+            self._advance_one(k)
+        self.step += 1
+
+    def _advance_one(self, k: int) -> None:
+        batch, at = self._batch(k)
+        losses, buffers = self._losses(k, batch, at)
+        shown = self.shown[at].to(self.device) if self.cross_fit else losses.detach()
+        with torch.no_grad():
+            w = normalised(self.weight_net(shown))
+        for group in self.optimizers[k].param_groups:
+            group["lr"] = learning_rate(self.step, self.config.inner())
+        self.optimizers[k].zero_grad()
+        (w @ losses).backward()
+        self.optimizers[k].step()
+        commit_buffers(self.models[k], buffers)
+        if not self.cross_fit:
+            self.weight_net.see(shown)
+
+    def _losses(self, k: int, batch: Batch, at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of the batch with their graph, after an outer step where one is due."""
+        noise = derive_seed("noise", self.seed, self.step, k)
+        warm = self.step >= self.config.warmup * self.config.steps
+        if not warm or (self.step + k) % self.config.meta_every:
+            return sample_losses(self.models[k], batch, noise)
+        meta = META_GRADIENTS[self.config.meta_gradient](
+            self.models[k], self.weight_net, batch, self._validation(k), self.config.eta,
+            self.shown[at].to(self.device) if self.cross_fit else None, noise,
+        )  # fmt: skip
+        for p, g in zip(self.weight_net.parameters(), meta.phi_gradient, strict=True):
+            p.grad = g
+        self.weight_optimizer.step()
+        self.outer = meta.val_loss
+        return meta.losses, meta.buffers
+
+    def _batch(self, k: int) -> tuple[Batch, Tensor]:
+        draws = step_generator(self.seed, self.step, f"batch {k}")
+        real, other = self.trained[k]
+        n = self.config.batch_size
+        n_real = n if len(other) == 0 else round(self.config.real_share * n)
+        at = torch.cat([draw(real, n_real, draws), draw(other, n - n_real, draws)])
+        return self._images(at, draws), at
+
+    def _validation(self, k: int) -> Batch:
+        draws = step_generator(self.seed, self.step, f"validation {k}")
+        return self._images(draw(self.validated[k], self.config.batch_size, draws), None)
+
+    def _images(self, at: Tensor, draws: torch.Generator | None) -> Batch:
+        x = to_float(self.pool.images[at])
+        if draws is not None and self.config.augment:
+            x = augment(x, draws)
+        return x.to(self.device), self.pool.labels[at].to(self.device)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Bring the held-out losses up to date, and write a line of history."""
+        if self.cross_fit:
+            for k, model in enumerate(self.models):
+                held = torch.nonzero(self.pool.folds == k)[:, 0]
+                self.shown[held] = losses_of(model, self.pool, held)
+            if self.step >= self.config.warmup * self.config.steps:
+                self.weight_net.see(self.shown.to(self.device))
+            else:
+                self.shown.fill_(0.0)  # equal weights until the classifiers know something
+        weights = self.weight_net(self.shown.to(self.device)).cpu()
+        row = {"step": float(self.step), "outer_loss": self.outer}
+        for name, role in ROLES.items():
+            if bool((self.pool.roles == role).any()) and self.cross_fit:
+                row[f"weight_{name}"] = weights[self.pool.roles == role].mean().item()
+        self.history.append(row)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs."""
+        found = {"shown": self.shown, **optimizer_tensors(self.weight_optimizer, "phi_adam.")}
+        found |= {f"phi.{name}": t for name, t in self.weight_net.state_dict().items()}
+        for k, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+            found |= {f"theta.{k}.{name}": t for name, t in model.state_dict().items()}
+            found |= optimizer_tensors(optimizer, f"adam.{k}.")
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Go on where `tensors` and `meta` were saved."""
+        self.shown = tensors["shown"].clone()
+        self.weight_net.load_state_dict(under(tensors, "phi."))
+        restore_optimizer(self.weight_optimizer, tensors, "phi_adam.")
+        for k, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+            model.load_state_dict(under(tensors, f"theta.{k}."))
+            restore_optimizer(optimizer, tensors, f"adam.{k}.")
+        self.step, self.outer, self.history = meta["step"], meta["outer"], meta["history"]
+
+    def meta(self) -> dict[str, Any]:
+        return {"step": self.step, "outer": self.outer, "history": self.history}
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def draw(at: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n of `at`: without replacement while it lasts."""
+    if n == 0:
+        return at[:0]
+    rounds = -(-n // len(at))
+    order = [torch.randperm(len(at), generator=generator) for _ in range(rounds)]
+    return at[torch.cat(order)[:n]]
+
+
+@torch.no_grad()
+def losses_of(model: Classifier, pool: Pool, at: Tensor, batch_size: int = 256) -> Tensor:
+    """Losses of the images at `at` in eval mode, on the CPU; the model's mode comes back."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found = [
+        F.cross_entropy(
+            model(to_float(pool.images[part].to(device))), pool.labels[part].to(device),
+            reduction="none",
+        ).float().cpu()
+        for part in at.split(batch_size)
+    ]  # fmt: skip
+    model.train(training)
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def snapshot_name(number: int) -> str:
+    """The directory of a snapshot inside the value model's."""
+    return f"snapshot-{number}"
+
+
+def save_snapshot(run: Trajectory, directory: Path) -> None:
+    """The classifiers and W as they are now."""
+    for k, model in enumerate(run.models):
+        save_classifier(directory / f"classifier-{k}.safetensors", model)
+    save_tensors(directory / "weight_net.safetensors", run.weight_net.state_dict())
+
+
+def train_trajectory(
+    run: Trajectory, directory: Path, checkpoint: Path, progress: Progress = silent
+) -> None:
+    """Train to the end, writing snapshots; at a stop signal save the state, raise Stopped."""
+    config = run.config
+    saved = load_checkpoint(checkpoint)
+    if saved is not None:
+        run.restore(*saved)
+    last = time.monotonic()
+    with progress("value train", config.steps) as task:
+        task.advance(run.step)
+        while run.step < config.steps:
+            run.advance()
+            for number, step in enumerate(config.snapshot_steps()):
+                if step == run.step:
+                    save_snapshot(run, directory / snapshot_name(number))
+            task.advance(outer_loss=run.outer)
+            if signals.stop_requested() or time.monotonic() - last > SAVE_EVERY:
+                save_checkpoint(checkpoint, run.tensors(), run.meta())
+                signals.check()
+                last = time.monotonic()
+        run.look()
+
+
+SAVE_EVERY = 60.0  # seconds

@@ -1,0 +1,160 @@
+"""`value train` as a library call: data in, a directory with a value model out."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import __version__
+from ..classification.data import LabelledImages, to_float
+from ..classification.models import Classifier
+from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
+from ..runtime.progress import Progress, silent
+from .canary import auroc, verdict
+from .pool import PLANTED, REAL, VALIDATION, Pool, make_pool
+from .todv import Trajectory, ValueConfig, snapshot_name, train_trajectory
+from .value_model import (
+    FORMAT,
+    REFERENCE,
+    VALUE_JSON,
+    Snapshot,
+    ValueModel,
+    load_value,
+    read_snapshot,
+    with_one,
+)
+
+
+@dataclass
+class ValueData:
+    """The images of a run, all at the classifier's size and with the same classes."""
+
+    real: LabelledImages
+    synthetic: LabelledImages | None = None
+    validation: LabelledImages | None = None
+
+
+def train_values(
+    data: ValueData,
+    config: ValueConfig,
+    directory: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> ValueModel:
+    """Learn the value of samples (TODV); the model is written into `directory`, value.json last.
+
+    Goes on from `directory`/checkpoint.safetensors where there is one, to the same bytes.
+    """
+    pool, known = make_pool(
+        data.real, data.synthetic, data.validation,
+        folds=config.folds, canaries=config.canaries, seed=seed,
+    )  # fmt: skip
+    size = data.real.images.shape[-1]
+    run = Trajectory(config, pool, size, seed, torch.device(device))
+    checkpoint = directory / "checkpoint.safetensors"
+    train_trajectory(run, directory, checkpoint, progress)
+    entries = [snapshot_entry(i, config.folds) for i in range(config.snapshots)]
+    facts = describe(run, entries, data, seed)
+    snapshots = [read_snapshot(directory, entry).to(device) for entry in entries]
+    reference = reference_tensors(snapshots, pool, known)
+    save_tensors(directory / REFERENCE, reference)
+    facts["duplicate_distance"] = duplicate_distance(reference)
+    facts["canary"] = watch_canaries(ValueModel(snapshots, facts, reference).to(device), pool)
+    write_json(directory / VALUE_JSON, facts)
+    remove_checkpoint(checkpoint)
+    return load_value(directory, device, force=True)
+
+
+def snapshot_entry(number: int, folds: int) -> dict[str, Any]:
+    """The files of a snapshot, as value.json lists them."""
+    name = snapshot_name(number)
+    return {
+        "classifiers": [f"{name}/classifier-{k}.safetensors" for k in range(folds)],
+        "weight_net": f"{name}/weight_net.safetensors",
+    }
+
+
+def describe(
+    run: Trajectory, entries: list[dict[str, Any]], data: ValueData, seed: int
+) -> dict[str, Any]:
+    """What value.json says, but for the canary."""
+    steps = run.config.snapshot_steps()
+    sets = {"real": data.real, "synthetic": data.synthetic, "validation": data.validation}
+    transform = run.models[0].transform
+    return {
+        "format": FORMAT,
+        "arch": run.config.arch,
+        "classes": run.pool.classes,
+        "transform": {k: list(v) if isinstance(v, tuple) else v for k, v in transform.items()},
+        "config": run.config.facts(),
+        "seed": seed,
+        "samples": {name: len(found) if found else 0 for name, found in sets.items()},
+        "history": run.history,
+        "weight_curve": run.weight_net.curve(),
+        "loss_range": [float(run.weight_net.low), float(run.weight_net.high)],
+        "snapshots": [{"step": s, **e} for s, e in zip(steps, entries, strict=True)],
+        "versions": {
+            "utilgen": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+@torch.no_grad()
+def reference_tensors(
+    snapshots: list[Snapshot], pool: Pool, known: dict[int, int]
+) -> dict[str, Tensor]:
+    """What scoring compares with: the folds, real features, and last-layer validation gradients."""
+    found = {
+        "hash": torch.tensor(list(known), dtype=torch.int64),
+        "fold": torch.tensor(list(known.values()), dtype=torch.uint8),
+    }
+    judge = cast(Classifier, snapshots[-1].classifiers[0])
+    fold = 0 if known else -1
+    sets = {"train": pool.trained_on(fold)[0], "validation": pool.validated_on(fold)}
+    for name, at in sets.items():
+        found[f"{name}_features"] = F.normalize(features_of(judge, pool.images[at]), dim=1)
+        found[f"{name}_labels"] = pool.labels[at]
+    for s, snapshot in enumerate(snapshots):
+        for k, classifier in enumerate(cast(list[Classifier], snapshot.classifiers)):
+            at = pool.validated_on(k if known else -1)
+            f = features_of(classifier, pool.images[at])
+            p = torch.softmax(classifier.head(f.to(classifier.head.weight.device)).cpu(), 1)
+            error = p - F.one_hot(pool.labels[at], p.shape[1])
+            found[f"gradient.{s}.{k}"] = error.T @ with_one(f) / len(at)
+    return found
+
+
+def duplicate_distance(reference: dict[str, Tensor]) -> float:
+    """A fifth of the usual distance between a real image and its nearest one."""
+    features = torch.cat([reference[f"{name}_features"] for name in ("train", "validation")])
+    nearest = 1 - (features @ features.T).fill_diagonal_(-1).amax(1)
+    return round(max(1e-6, 0.2 * nearest.median().item()), 8)
+
+
+def features_of(classifier: Classifier, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Penultimate features of uint8 images, [N, D], on the CPU."""
+    device = next(classifier.parameters()).device
+    parts = images.split(batch_size)
+    return torch.cat([classifier.features(to_float(x.to(device))).float().cpu() for x in parts])
+
+
+def watch_canaries(value: ValueModel, pool: Pool) -> dict[str, Any]:
+    """AUROC of right-label real images over their planted copies with a wrong label, held out."""
+    planted = torch.nonzero(pool.roles == PLANTED)[:, 0]
+    if len(planted) == 0:
+        return {"auroc": None, "planted": 0, "verdict": verdict(None)}
+    real = torch.nonzero((pool.roles == REAL) | (pool.roles == VALIDATION))[:, 0]
+    right = value.judge_pixels(pool.images[real], pool.labels[real]).logit
+    wrong = value.judge_pixels(pool.images[planted], pool.labels[planted]).logit
+    found = auroc(right, wrong)
+    return {"auroc": round(found, 4), "planted": len(planted), "verdict": verdict(found)}

@@ -1,0 +1,262 @@
+"""A trained value model: classifiers and weight networks along the trajectory, averaged.
+
+On disk: value.json, and a directory a snapshot with plain safetensors; nothing needs utilgen to be
+read. Utility and logit are differentiable with respect to the images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..classification.data import to_float
+from ..classification.models import Classifier, load_classifier
+from ..runtime.errors import BadInput, NoInput, UtilgenError
+from .canary import verdict
+from .pool import pixel_hash
+from .weight_net import WeightNet
+
+FORMAT = 1
+VALUE_JSON = "value.json"
+REFERENCE = "reference.safetensors"
+
+
+@dataclass
+class Judgement:
+    """What the members say of B labelled images, averaged over those that may speak."""
+
+    logit: Tensor  # [B]
+    loss: Tensor  # [B]
+    probabilities: Tensor  # [B, C]
+    spread: Tensor  # [B], standard deviation over members of the label's probability
+    influence: Tensor  # [B], last-layer TracIn
+    features: Tensor  # [B, D], of the reference classifier, unit length
+
+    @property
+    def utility(self) -> Tensor:
+        """In [0, 1], [B]."""
+        return torch.sigmoid(self.logit)
+
+
+class Snapshot(nn.Module):
+    """(theta_1 ... theta_K, phi) at one point of the trajectory."""
+
+    def __init__(self, classifiers: Sequence[Classifier], weight_net: WeightNet) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(classifiers)
+        self.weight_net = weight_net
+
+
+class ValueModel(nn.Module):
+    """`utility`, `logit` and `loss` of labelled images; see `load_value`."""
+
+    def __init__(
+        self,
+        snapshots: Sequence[Snapshot],
+        facts: dict[str, Any],
+        reference: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.snapshots = nn.ModuleList(snapshots)
+        self.facts = facts
+        self.classes: list[str] = facts["classes"]
+        self.reference = reference or {}
+        known = (self.reference.get(n, torch.empty(0)).tolist() for n in ("hash", "fold"))
+        self._known: dict[int, int] = dict(zip(*known, strict=True))
+        self.eval().requires_grad_(False)
+
+    @property
+    def size(self) -> int:
+        """The side of the images that the classifiers see."""
+        return int(self.facts["transform"]["size"])
+
+    @property
+    def folds(self) -> int:
+        return len(cast(Snapshot, self.snapshots[0]).classifiers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def classifiers(self) -> list[Classifier]:
+        """The classifiers at the end of the trajectory, one a fold."""
+        return list(cast(Any, self.snapshots[-1]).classifiers)
+
+    def utility(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
+        """Utility in [0, 1], [B], of images in [0, 1] (any size) as members of `labels`."""
+        return torch.sigmoid(self.logit(images_bchw, labels, folds))
+
+    def logit(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
+        """The score before the sigmoid, [B]: the one to ascend."""
+        return self.judge(images_bchw, labels, folds).logit
+
+    def loss(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
+        """Cross-entropy, averaged over the members, [B]."""
+        return self.judge(images_bchw, labels, folds).loss
+
+    def only(self, folds: Sequence[int]) -> ValueModel:
+        """The same model with some of its classifiers: the others can judge what these drew."""
+        snapshots = [
+            Snapshot([s.classifiers[k] for k in folds], s.weight_net)
+            for s in cast(Any, self.snapshots)
+        ]
+        return ValueModel(snapshots, self.facts)
+
+    def held_out_folds(self, images_u8: Tensor) -> Tensor:
+        """The fold of each known image (uint8, at `size`), -1 for images not trained on. [B]"""
+        if not self._known:
+            return torch.full((len(images_u8),), -1)
+        return torch.tensor([self._known.get(h, -1) for h in pixel_hash(images_u8)])
+
+    def judge(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Judgement:
+        """Ask every member that may speak: all, or for `folds` [B] >= 0 that fold's alone."""
+        votes = _Votes(len(images_bchw), len(self.classes), next(self.parameters()))
+        for s, snapshot in enumerate(cast(Any, self.snapshots)):
+            for k, classifier in enumerate(snapshot.classifiers):
+                keeps_features = k == 0 and s == len(self.snapshots) - 1
+                at = self._speaks_for(k, len(images_bchw), folds)
+                seen = torch.arange(len(images_bchw)) if keeps_features else at
+                if len(seen) == 0:
+                    continue
+                features = classifier.features(images_bchw[seen])
+                if keeps_features:
+                    votes.features = F.normalize(features, dim=1)
+                    features = features[at]
+                if len(at):
+                    gradient = self.reference.get(f"gradient.{s}.{k}")
+                    votes.add(at, classifier, snapshot.weight_net, features, labels, gradient)
+        return votes.result()
+
+    def _speaks_for(self, fold: int, n: int, folds: Tensor | None) -> Tensor:
+        if folds is None or self.folds == 1:
+            return torch.arange(n)
+        return torch.nonzero((folds == fold) | (folds < 0))[:, 0]
+
+    @torch.no_grad()
+    def judge_pixels(self, images_u8: Tensor, labels: Tensor, batch_size: int = 256) -> Judgement:
+        """Held-out judgements of uint8 images: no classifier judges what it trained on."""
+        parts = [
+            self.judge(to_float(x.to(self.device)), y.to(self.device), self.held_out_folds(x))
+            for x, y in zip(images_u8.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+        return Judgement(*(torch.cat([getattr(p, f) for p in parts]) for f in _FIELDS))
+
+    def warning(self) -> str | None:
+        """What to tell the user about the canary, or None."""
+        found = self.facts["canary"]["auroc"]
+        if verdict(found) != "weak":
+            return None
+        return (
+            f"the value model tells wrong labels apart with AUROC {found:.2f} only; "
+            "more real images or another --arch would help"
+        )
+
+
+_FIELDS = ("logit", "loss", "probabilities", "spread", "influence", "features")
+
+
+class _Votes:
+    """Sums over members, each for the samples that it may speak for."""
+
+    def __init__(self, n: int, num_classes: int, like: Tensor) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return like.new_zeros(n, *shape)
+
+        self.count, self.logit, self.loss = zeros(), zeros(), zeros()
+        self.p, self.p_squared, self.influence = zeros(num_classes), zeros(), zeros()
+        self.own = zeros()
+        self.features = torch.empty(0)
+
+    def add(
+        self, at: Tensor, classifier: Classifier, net: WeightNet, features: Tensor,
+        labels: Tensor, gradient: Tensor | None,
+    ) -> None:  # fmt: skip
+        at = at.to(features.device)
+        y = labels[at]
+        logits = classifier.head(features)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        p = torch.softmax(logits, 1)
+        own = p.gather(1, y[:, None])[:, 0]
+        self.count = self.count.index_add(0, at, torch.ones_like(losses))
+        self.loss = self.loss.index_add(0, at, losses)
+        self.logit = self.logit.index_add(0, at, net.logit(losses))
+        self.p = self.p.index_add(0, at, p)
+        self.own = self.own.index_add(0, at, own)
+        self.p_squared = self.p_squared.index_add(0, at, own**2)
+        if gradient is not None:
+            error = p - F.one_hot(y, p.shape[1])
+            product = ((error @ gradient.to(error)) * with_one(features)).sum(1)
+            self.influence = self.influence.index_add(0, at, product)
+
+    def result(self) -> Judgement:
+        n = self.count
+        variance = (self.p_squared / n - (self.own / n) ** 2).clamp_min(0)
+        return Judgement(
+            self.logit / n, self.loss / n, self.p / n[:, None], variance.detach().sqrt(),
+            self.influence / n, self.features,
+        )  # fmt: skip
+
+
+def with_one(features: Tensor) -> Tensor:
+    """Features and the 1 that the bias multiplies, [B, D + 1]."""
+    return torch.cat([features, torch.ones_like(features[:, :1])], 1)
+
+
+def load_value(
+    path: Path | str, device: torch.device | str = "cpu", force: bool = False
+) -> ValueModel:
+    """Read a value model.
+
+    NoInput: no value.json there. BadInput: damaged or of another format. UtilgenError: its canary
+    shows that it ranks wrong labels above right ones (`force` takes it all the same).
+    """
+    directory = Path(path)
+    facts = read_facts(directory)
+    if verdict(facts["canary"]["auroc"]) == "inverted" and not force:
+        raise UtilgenError(
+            str(directory), f"ranks wrong labels above right ones (canary AUROC "
+            f"{facts['canary']['auroc']:.2f})", "Train it on more real images, or add --force.",
+        )  # fmt: skip
+    snapshots = [read_snapshot(directory, entry) for entry in facts["snapshots"]]
+    reference = {k: t.to(device) for k, t in _read_tensors(directory / REFERENCE).items()}
+    return ValueModel(snapshots, facts, reference).to(device)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    path = directory / VALUE_JSON
+    if not path.exists():
+        why = "no finished value model there" if directory.exists() else "no such directory"
+        raise NoInput(str(directory), why, "Make one with `utilgen value train`.")
+    try:
+        facts = json.loads(path.read_text())
+        written = facts["format"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(str(path), "not a value model", "Train it again.") from None
+    if written != FORMAT:
+        raise BadInput(str(path), f"format {written}, not {FORMAT}", "Train it again.")
+    return cast(dict[str, Any], facts)
+
+
+def read_snapshot(directory: Path, entry: dict[str, Any]) -> Snapshot:
+    tensors = _read_tensors(directory / entry["weight_net"])
+    net = WeightNet(len(tensors["hidden.bias"]))
+    net.load_state_dict(tensors)
+    return Snapshot([load_classifier(directory / name) for name in entry["classifiers"]], net)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise NoInput(str(path), "missing", "Train the value model again.")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has no public base of its errors
+        raise BadInput(str(path), f"damaged ({error})", "Train the value model again.") from None
