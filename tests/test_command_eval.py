@@ -1,0 +1,84 @@
+"""`utilgen eval` at the command line: table, JSON, report, stopping and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from utilgen_cli.commands.evaluate_options import named, open_inputs, read_value
+from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+
+from .classification_toys import colour_images, shards_of
+from .conftest import Run
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[str]:
+    for name, n, seed in (("real", 4, 0), ("synth", 8, 3), ("val", 6, 5), ("test", 10, 8)):
+        shards_of(tmp_path / name, colour_images(n, seed=seed))
+    return ["--real", "real", "--synthetic", "base=synth", "--val", "val", "--test", "test",
+            "--size", "16", "-q"]  # fmt: skip
+
+
+def test_json_table_and_report_tell_the_same(utilgen: Run, sets: list[str], tmp_path: Path) -> None:
+    options = [*sets, "--steps", "3", "--seeds", "2", "-o", "runs"]
+    found = json.loads(utilgen("eval", *options, "--json", "--report", "r.html").stdout)
+    assert found["schema"] == "utilgen.eval/1"
+    assert found["protocol"]["train"]["steps"] == 3
+    assert [arm["name"] for arm in found["arms"]] == ["real", "base", "real + base"]
+    best = f"{100 * found['arms'][2]['accuracy']['mean']:.1f}"
+    assert best in (tmp_path / "r.html").read_text()
+    done = utilgen("eval", *options)  # all runs are there
+    assert best in done.stdout.decode()
+    assert b"\x1b" not in done.stdout
+    assert done.stderr == b""
+
+
+def test_a_stopped_evaluation_exits_75_and_goes_on(sets: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "utilgen_cli", "eval", *sets, "--steps", "5", "--seeds", "40",
+               "-o", "runs"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*.trained.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (75, b"")
+    assert err.startswith(b"utilgen: eval: SIGTERM: stopped with its state saved.")
+    trained = len(list(tmp_path.glob("runs/*.trained.json")))
+    assert 0 < trained < 120
+    again = [*command[:-4], "--seeds", "1", "-o", "runs", "--json"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, check=True)
+    assert len(json.loads(done.stdout)["arms"]) == 3
+
+
+def test_sets_are_named_once_and_properly() -> None:
+    assert named(["a=x", "b=y=z"], "--synthetic") == {"a": "x", "b": "y=z"}
+    for wrong in (["x/"], ["=x"], ["a=x", "a=y"], ["real=x"]):
+        with pytest.raises(UsageError, match="--synthetic"):
+            named(wrong, "--synthetic")
+
+
+def test_inputs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    shards_of(tmp_path / "real", colour_images(1))
+    real = str(tmp_path / "real")
+    with pytest.raises(NoInput, match="nowhere"):
+        open_inputs(real, None, None, "nowhere", None)
+    with pytest.raises(UsageError, match="more than once"):
+        open_inputs("-", None, None, real, None)
+    with pytest.raises(UsageError, match="--scored x"):
+        open_inputs(real, [f"a={real}"], None, real, [f"x={real}"])
+    with pytest.raises(NoInput, match="utilgen value train"):
+        read_value(tmp_path)
+    (tmp_path / "value.json").write_text("{")
+    with pytest.raises(BadInput):
+        read_value(tmp_path)

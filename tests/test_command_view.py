@@ -1,0 +1,31 @@
+"""`utilgen view` at the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .conftest import Run, make_sample, tar_bytes
+
+
+def test_it_writes_a_page_or_a_picture_and_says_where(utilgen: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes(make_sample(i, i % 2) for i in range(6)))
+    assert utilgen("view", "a.tar", "-o", "page.html").stdout == b"page.html\n"
+    assert (tmp_path / "page.html").read_text().count("<img") == 6
+    data = (tmp_path / "a.tar").read_bytes()
+    assert utilgen("view", "-o", "sheet.png", input=data).stdout == b"sheet.png\n"
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_one_line_and_nothing_is_written(utilgen: Run, tmp_path: Path) -> None:
+    cut = tar_bytes([make_sample(0)])[:2048]
+    for args, code, words in (
+        (["-o", "page.html"], 65, "end mark"),
+        (["-o", "page.txt"], 2, ".html or .png"),
+        (["missing.tar", "-o", "page.html"], 66, "no such file"),
+    ):
+        done = utilgen("view", *args, input=cut, check=False)
+        assert done.returncode == code
+        assert done.stderr.decode().startswith("utilgen: view: ")
+        assert words in done.stderr.decode()
+        assert done.stderr.count(b"\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""`utilgen eval`: what synthetic images do for a classifier."""
+
+from __future__ import annotations
+
+from . import evaluate_options as o
+from .options import Device, Json, Overwrite, Precision, Quiet, Smoke, Verbose
+
+
+def evaluate(
+    real: o.Real,
+    test: o.Test,
+    synthetic: o.Synthetic = None,
+    val: o.Validation = None,
+    arch: o.Arch = None,
+    seeds: o.Seeds = 5,
+    times: o.Times = None,
+    baseline: o.Baseline = "real",
+    preset: o.Preset = "quick",
+    steps: o.Steps = None,
+    batch_size: o.BatchSizeTrained = None,
+    lr: o.LearningRate = None,
+    size: o.Size = None,
+    real_share: o.RealShare = 0.5,
+    val_as_train: o.ValAsTrain = False,
+    validate_every: o.Validate = 0,
+    pretrained: o.Pretrained = False,
+    output: o.Keep = None,
+    report: o.Report = None,
+    value: o.ValueModel = None,
+    scored: o.Scored = None,
+    price_per_hour: o.Price = None,
+    device: Device = None,
+    precision: Precision = None,
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the classifier on each arm and test it once: real, synthetic, and both joined.
+
+    All arms get equally many steps; nothing is ever selected on the test set. Example:
+
+    utilgen eval --real real/ --synthetic base=synth/ --val val/ --test test/ --report report.html
+    """  # fmt: skip
+    from ..classification import comparison as c
+    from ..classification.train import PRESET_ARCHS
+    from ..classification.train import preset as preset_config
+    from ..report.evaluation import write_report
+    from ..report.table import render
+    from ..runtime.device import pick_device, pick_dtype
+    from ..runtime.files import encode_json
+    from ..runtime.progress import reporter
+    from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
+    from .evaluate_options import open_inputs, read_value
+
+    inputs, shown = open_inputs(real, synthetic, val, test, scored)
+    learned = read_value(value)
+    archs = arch or [PRESET_ARCHS.get(preset, "small-cnn")]
+    where = pick_device(device)
+    pick_dtype(precision, where)  # refuses an unknown name
+    config = preset_config(
+        preset, steps=30 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
+        validate_every=validate_every, precision=precision,
+    )  # fmt: skip
+    pixels = size or (32 if archs == ["small-cnn"] else 224)
+    protocol = c.Protocol(
+        config, archs, seeds, pixels, times or (), baseline, val_as_train, pretrained,
+        price_per_hour, where,
+    )  # fmt: skip
+    found = c.compare_arms(inputs, protocol, output, overwrite, reporter(quiet))
+    if report is not None:
+        write_report(report, found, shown, learned)
+    if as_json:
+        claim_stdout().write(encode_json(found.summary))
+        claim_stdout().flush()
+    else:
+        say(render(found.summary, stdout_is_terminal()))

@@ -1,0 +1,143 @@
+"""Options of `utilgen eval`, and the files they name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..classification.comparison import Inputs
+    from ..shards.operands import Source
+
+Real = Annotated[str, typer.Option(help="Real training shards.")]
+Test = Annotated[str, typer.Option(help="Test shards: opened when all training is over.")]
+Validation = Annotated[
+    str | None,
+    typer.Option("--val", help="Validation shards: for influence, distribution, selection."),
+]
+Synthetic = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=SHARDS", help="A synthetic set; may repeat.", show_default=False),
+]
+Arch = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="small-cnn, a timm name, or open_clip:NAME-or-directory; may repeat. Default: the "
+        "preset's, small-cnn for quick and resnet50 for the others.",
+        show_default=False,
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Trainings of every arm.")]
+Times = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=0.0, help="Synthetic images per real image; may repeat. Default: all there are.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Baseline = Annotated[str, typer.Option(help="Arm that the others are compared with.")]
+Preset = Annotated[
+    str, typer.Option(help="quick, paper (ResNet-50 from scratch) or torchvision-v1.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Optimiser steps of every arm. Default: the preset's.")
+]
+BatchSizeTrained = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images a step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Size = Annotated[
+    int | None,
+    typer.Option(min=8, help="Pixels a side. Default: 32 for small-cnn alone, else 224."),
+]
+RealShare = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Real share of each batch of an arm with both.")
+]
+ValAsTrain = Annotated[
+    bool,
+    typer.Option(
+        "--val-as-train/--no-val-as-train",
+        help="Add the validation images to the real training images of every arm that has some.",
+    ),
+]
+Validate = Annotated[
+    int, typer.Option(min=0, help="Steps between looks at --val, keeping the best; 0: last step.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start timm models from ImageNet.")]
+Keep = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Directory of finished runs; a stopped run goes on there."),
+]
+Report = Annotated[
+    Path | None, typer.Option(help="PAGE.html, or a directory that gets report.html and eval.json.")
+]
+ValueModel = Annotated[
+    Path | None, typer.Option("--value", help="Value model, to show its weight function.")
+]
+Scored = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=SHARDS", help="Scored shards of a set whose own have no utility; may repeat.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Price = Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of this machine.")]
+
+
+def named(pairs: Sequence[str] | None, option: str) -> dict[str, str]:
+    """NAME=SHARDS as a dictionary, in order. UsageError: no name, a name twice, or `real`."""
+    from ..runtime.errors import UsageError
+
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, shards = pair.partition("=")
+        if not equals or not name.strip() or not shards:
+            raise UsageError(f"{option} {pair}", "not NAME=SHARDS", f"Say {option} base=synth/.")
+        if name in found or name in ("real", "validation", "test"):
+            raise UsageError(f"{option} {pair}", f"the name {name} is taken", "Use another name.")
+        found[name] = shards
+    return found
+
+
+def open_inputs(
+    real: str, synthetic: list[str] | None, val: str | None, test: str, scored: list[str] | None
+) -> tuple[Inputs, dict[str, Source]]:
+    """The sources of all sets, and those whose images the report shows."""
+    from ..classification.comparison import Inputs
+    from ..runtime.errors import UsageError
+
+    sets = {name: _files(s) for name, s in named(synthetic, "--synthetic").items()}
+    shown = {name: _files(s) for name, s in named(scored, "--scored").items()}
+    unknown = sorted(set(shown) - set(sets))
+    if unknown:
+        raise UsageError(f"--scored {unknown[0]}", "no --synthetic has this name", "Name it alike.")
+    inputs = Inputs(_files(real), sets, _files(test), _files(val) if val else None)
+    return inputs, sets | shown
+
+
+def _files(operand: str) -> Source:
+    from ..runtime.errors import UsageError
+    from ..shards.operands import open_source
+
+    if operand == "-":
+        raise UsageError("-", "eval reads its shards more than once", "Name files or directories.")
+    return open_source([operand])
+
+
+def read_value(directory: Path | None) -> dict[str, Any] | None:
+    """DIR/value.json, if a value model was named."""
+    import json
+
+    from ..runtime.errors import BadInput, NoInput
+
+    if directory is None:
+        return None
+    path = directory / "value.json"
+    if not path.exists():
+        raise NoInput(str(path), "no such file", "Make it with utilgen value train.")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        raise BadInput(str(path), "not JSON", "Make it again with utilgen value train.") from None
+    return value if isinstance(value, dict) else None
