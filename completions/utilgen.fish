@@ -1,0 +1,1 @@
+complete --command utilgen --no-files --arguments "(env _UTILGEN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) utilgen)" --condition "env _UTILGEN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) utilgen"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Rounds of the model level (draw, value, pair, tune) until validation accuracy stops rising.
+#
+#   bash examples/loop.sh REAL VAL TEST [MODEL=tiny] [ROUNDS=5] [PER_CLASS=80]
+#
+# Works in the current directory; done stages are not done again. The test set is named once, at
+# the end: rounds are judged on the validation images.
+set -euo pipefail
+real=$1 val=$2 test=$3 rounds=${5:-5} per_class=${6:-80}
+export UTILGEN_MODEL=${4:-tiny}
+
+utilgen invert "$real" -o tokens
+adapter=() init=() best=0 best_accuracy=-1
+for round in $(seq 0 "$rounds"); do
+  r=round$round
+  utilgen generate --tokens tokens "${adapter[@]}" --per-class "$per_class" -o "$r/synth"
+  utilgen eval --real "$real" --synthetic "$r=$r/synth" --test "$val" -o "$r/eval" --json > "$r/eval.json"
+  accuracy=$(python3 -c 'import json, sys; arms = json.load(sys.stdin)["arms"]
+print(next(arm["mean"] for arm in arms if arm["arm"].startswith(sys.argv[1] + "+")))' "$r" < "$r/eval.json")
+  echo "round $round: validation accuracy $accuracy"
+  if ! awk "BEGIN { exit !($accuracy > $best_accuracy) }"; then break; fi
+  best=$round best_accuracy=$accuracy
+  utilgen value train --real "$real" --synthetic "$r/synth" --val "$val" -o "$r/value"
+  utilgen value score "$r/synth" --value "$r/value" -o "$r/scored"
+  utilgen pairs "$r/scored" -o "$r/pairs"
+  utilgen dpo "$r/pairs" --tokens tokens "${init[@]}" -o "$r/dpo"
+  adapter=(--adapter "$r/dpo") init=(--init "$r/dpo")
+done
+utilgen eval --real "$real" --synthetic "before=round0/synth" --synthetic "after=round$best/synth" \
+  --val "$val" --test "$test" -o eval --report report.html

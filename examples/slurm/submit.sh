@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Submit the loop as a chain of jobs: arrays draw and score, one job for each trainer.
+#
+#   bash submit.sh MODEL REAL VAL TEST [TASKS=8] [PER_CLASS=80]     in the directory of the run
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+model=$1 real=$2 val=$3 test=$4 tasks=${5:-8} per_class=${6:-80}
+
+job() { # job NAME AFTER ARRAY ARGS...: prints the job's number; AFTER and ARRAY may be empty
+  local name=$1 after=$2 array=$3
+  shift 3
+  sbatch --parsable --job-name="utilgen-$name" ${after:+--dependency="afterok:$after"} \
+    ${array:+--array="0-$((array - 1))"} "$here/stage.sbatch" "$@"
+}
+
+draw=(-m "$model" --tokens tokens --per-class "$per_class" --shard-size 100)
+
+invert=$(job invert "" "" invert "$real" -m "$model" -o tokens)
+generate=$(job generate "$invert" "$tasks" generate "${draw[@]}" --part slurm -o synth)
+train=$(job value "$generate" "" value train --real "$real" --synthetic synth --val "$val" -o value)
+score=$(job score "$train" "$tasks" value score synth --value value --part slurm -o scored)
+pairs=$(job pairs "$score" "" pairs scored -o pairs)
+dpo=$(job dpo "$pairs" "" dpo pairs -m "$model" --tokens tokens -o dpo)
+# One job learns the prompts; the array then draws with them.
+ilpo=$(job ilpo "$dpo" "" ilpo -m "$model" --value value --tokens tokens --adapter dpo \
+  --per-class 1 -o ilpo-trial --save-policy policy)
+best=$(job best "$ilpo" "$tasks" generate "${draw[@]}" --adapter dpo --policy policy --part slurm -o best)
+eval=$(job eval "$best" "" eval --real "$real" --synthetic before=synth --synthetic after=best \
+  --val "$val" --test "$test" -o eval --report report.html)
+echo "submitted; the last job is $eval"

@@ -1,0 +1,103 @@
+"""What the documents say is so: commands, links, completions, and what CI runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Run
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    ["pack"], ["invert"], ["generate"], ["value", "train"], ["value", "score"], ["pairs"], ["dpo"],
+    ["ilpo"], ["eval"], ["lora"], ["view"], ["check"],
+]  # fmt: skip
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    from utilgen_cli.app import app, value_app
+
+    names = [[c.name] for c in app.registered_commands]
+    names += [["value", c.name] for c in value_app.registered_commands]
+    assert sorted(names) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_each_command_is_in_the_readme_and_its_help_has_an_example(
+    command: list[str], utilgen: Run
+) -> None:
+    name = " ".join(["utilgen", *command])
+    assert f"| `{name}` |" in README
+    text = re.sub(r"\s+", " ", utilgen(*command, "--help", env=None).stdout.decode())
+    assert re.search(rf"Example: .{{0,60}}{name}\b", text)
+
+
+def test_every_option_has_a_help_text() -> None:
+    import typing
+
+    from utilgen_cli.app import app, value_app
+
+    for command in [*app.registered_commands, *value_app.registered_commands]:
+        hints = typing.get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            if name != "return":
+                [info] = hint.__metadata__
+                assert info.help, f"{command.name} {name}"
+
+
+@pytest.mark.parametrize(
+    "document", [p for p in ROOT.rglob("*.md") if ".venv" not in p.parts], ids=lambda p: str(p.relative_to(ROOT))
+)  # fmt: skip
+def test_relative_links_resolve(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if not re.match(r"[a-z]+:", link):
+            assert (document.parent / link).exists(), link
+
+
+def test_the_completion_files_are_what_the_command_prints(bash: Run, tmp_path: Path) -> None:
+    made = bash(f"bash {ROOT}/completions/make.sh {tmp_path}")
+    assert made.returncode == 0, made.stderr
+    for name in ("utilgen.bash", "_utilgen", "utilgen.fish"):
+        assert (tmp_path / name).read_text() == (ROOT / "completions" / name).read_text()
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    first, second = re.findall(r"```sh\n(pip install [^\n]*)\n```", README)
+    assert first == "pip install . && bash examples/quickstart.sh"
+    assert f"\n{first}" in ci
+    assert f"\n{second}\n" in ci
+
+
+@pytest.mark.parametrize("words", [["--help"], ["value", "score", "--help"], ["pairs", "--help"]])
+def test_help_imports_neither_torch_nor_diffusers(words: list[str]) -> None:
+    script = (
+        f"import sys; from utilgen_cli.app import main; sys.argv[1:] = {words!r}\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(','.join(m for m in ('torch', 'diffusers', 'numpy', 'PIL') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"utilgen" in done.stdout
+
+
+def test_a_tab_imports_no_torch() -> None:
+    script = (
+        "import os, sys; os.environ |= {'_UTILGEN_COMPLETE': 'complete_bash', 'COMP_WORDS': 'utilgen va', "
+        "'COMP_CWORD': '1'}\nfrom utilgen_cli.app import main\nsys.argv[1:] = []\n"
+        "try: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [b"value"]
+
+
+def test_quickstart_is_short_and_sound(bash: Run) -> None:
+    script = ROOT / "examples" / "quickstart.sh"
+    assert len(script.read_text().splitlines()) < 60
+    assert bash(f"bash -n {script}").returncode == 0

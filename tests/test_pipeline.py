@@ -1,0 +1,126 @@
+"""The commands joined by pipes, as a user joins them, on the shipped model in --smoke size."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from utilgen_cli.shards.operands import open_source
+
+from .conftest import DATA
+
+TOY = {"UTILGEN_MODEL": "tiny", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run(script: str, directory: Path, **kwargs: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # type: ignore[call-overload]
+        ["bash", "-o", "pipefail", "-c", script], cwd=directory, capture_output=True,
+        env={**os.environ, **TOY}, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with tokens/, synth/ and value/ made by the commands."""
+    directory = tmp_path_factory.mktemp("loop")
+    done = run(
+        f"""set -e; exec 2>&1
+        utilgen invert {DATA}/real -o tokens --smoke
+        utilgen generate --tokens tokens/ --per-class 4 --steps 5 -o synth
+        utilgen value train --real {DATA}/real --synthetic synth --val {DATA}/val -o value --smoke""",
+        directory,
+    )
+    assert done.returncode == 0, done.stdout.decode()
+    return directory
+
+
+FORCE = "--force"  # a smoke-size value model may miss the canary's bar: the plumbing is tested here
+
+
+def test_score_pairs_tar(loop: Path) -> None:
+    done = run(f"utilgen value score synth/ {FORCE} | utilgen pairs | tar tf -", loop)
+    assert done.returncode == 0, done.stderr.decode()
+    names = done.stdout.decode().split()
+    assert names
+    assert {name.partition(".")[2] for name in names} == {"win.png", "lose.png", "cls", "json"}
+
+
+def test_the_same_on_a_terminal_is_a_listing_and_no_tar(loop: Path) -> None:
+    script = f"script -qec 'utilgen value score synth/ {FORCE} | utilgen pairs' /dev/null"
+    done = run(script, loop, stdin=subprocess.DEVNULL)
+    text = done.stdout.decode(errors="replace")
+    assert "\0" not in text and "ustar" not in text
+    assert "-o DIR" in text
+    single = run(
+        f"script -qec 'utilgen value score synth/ {FORCE}' /dev/null",
+        loop,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "utility" in single.stdout.decode() and b"\0" not in single.stdout
+
+
+def test_generate_score_pairs_dpo(loop: Path) -> None:
+    done = run(
+        f"utilgen generate --tokens tokens/ --per-class 8 --steps 4 | utilgen value score --value value/ {FORCE}"
+        " | utilgen pairs | utilgen dpo -m tiny --tokens tokens/ -o round1/ --smoke",
+        loop,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == "round1\n" or done.stdout.decode() == "round1/\n"
+    assert (loop / "round1" / "pytorch_lora_weights.safetensors").exists()
+    drawn = run(
+        "utilgen generate --tokens tokens/ --adapter round1 --per-class 1 --steps 4 -o after", loop
+    )
+    assert drawn.returncode == 0, drawn.stderr.decode()
+    before = {s.key: s.members["png"] for s in open_source([str(loop / "synth")]).samples()}
+    after = {s.key: s.members["png"] for s in open_source([str(loop / "after")]).samples()}
+    assert set(after) <= set(before)
+
+
+@pytest.mark.parametrize("stage", ["value score --force", "pairs", "dpo -o cut-dpo --smoke"])
+def test_a_cut_stream_ends_the_next_stage_with_65(loop: Path, stage: str) -> None:
+    upstream = {
+        "value score --force": "synth",
+        "pairs": "scored",
+        "dpo -o cut-dpo --smoke": "paired",
+    }[stage]
+    made = run(
+        f"set -e; [ -d scored ] || utilgen value score synth {FORCE} -o scored\n"
+        "[ -d paired ] || utilgen pairs scored -o paired", loop,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr.decode()
+    whole = (loop / upstream / "00000.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        members = tar.getmembers()
+    cut = members[len(members) // 2 // 3 * 3].offset  # between two members: tar sees a clean end
+    done = run(f"utilgen {stage} > out", loop, input=whole[:cut])
+    assert done.returncode == 65, done.stderr.decode()
+    assert b"end mark" in done.stderr
+    assert not (loop / "cut-dpo" / "pytorch_lora_weights.safetensors").exists()
+    assert not (loop / "out").read_bytes().endswith(bytes(1024)), "the result looks whole"
+
+
+def test_generate_refuses_a_terminal_before_any_work(loop: Path) -> None:
+    done = run(
+        "script -qec 'utilgen generate --per-class 1' /dev/null", loop, stdin=subprocess.DEVNULL
+    )
+    assert b"terminal" in done.stdout and b"\0" not in done.stdout
+    assert done.returncode == 2
+
+
+def test_json_summaries_are_json(loop: Path) -> None:
+    done = run(
+        f"utilgen value score synth {FORCE} --json | utilgen pairs --json -o pairs-json", loop
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    summaries = [
+        json.loads(line) for line in done.stderr.decode().splitlines() if line.startswith("{")
+    ]
+    assert len(summaries) == 2
