@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.benchmarks NAME`. Run on request; no test asserts a time."""

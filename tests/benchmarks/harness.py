@@ -1,0 +1,115 @@
+"""A/B comparisons interleaved in one run: medians, spreads, ratios, peak memory, the machine."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+@dataclass
+class Timing:
+    """Seconds of each repeat, and the highest resident memory above the start (MiB)."""
+
+    seconds: list[float] = field(default_factory=list)
+    mebibytes: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the range between the quartiles."""
+        if len(self.seconds) < 3:
+            return (max(self.seconds) - min(self.seconds)) / 2
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2
+
+
+def interleaved(
+    sides: dict[str, Callable[[], object]], repeats: int = 7, warm: int = 1
+) -> dict[str, Timing]:
+    """Run every side once a round, in an order that turns, so that drift hits all alike."""
+    names = list(sides)
+    timings = {name: Timing() for name in names}
+    for round_ in range(repeats + warm):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            gc.collect()
+            with Peak() as peak:
+                start = time.perf_counter()
+                sides[name]()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            if round_ >= warm:
+                timings[name].seconds.append(seconds)
+                timings[name].mebibytes = max(timings[name].mebibytes, peak.mebibytes)
+    return timings
+
+
+class Peak:
+    """The highest resident memory of this process and its children while it is entered."""
+
+    def __enter__(self) -> Peak:
+        self.process, self.stop = psutil.Process(), threading.Event()
+        self.base = self.highest = self._resident()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    @property
+    def mebibytes(self) -> float:
+        return (self.highest - self.base) / 2**20
+
+    def _resident(self) -> int:
+        total = 0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        return total
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.01):
+            self.highest = max(self.highest, self._resident())
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = psutil.cpu_count()
+    return f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"  # fmt: skip
+
+
+def table(timings: dict[str, Timing], baseline: str, unit: str = "s", scale: float = 1.0) -> str:
+    """A Markdown table; the ratio is a side's time over the baseline's."""
+    rows = [f"| side | median {unit} | spread | ratio to {baseline} | peak memory, MiB |", "|---|---|---|---|---|"]  # fmt: skip
+    for name, t in timings.items():
+        ratio = t.median / timings[baseline].median
+        rows.append(f"| {name} | {t.median * scale:.3g} | {t.spread * scale:.2g} | {ratio:.2f} | {t.mebibytes:.0f} |")  # fmt: skip
+    return "\n".join(rows)
+
+
+def record(title: str, body: str) -> None:
+    """Print a result and append it to RESULTS.md."""
+    text = f"\n## {title}\n\n{date.today()}; {machine()}\n\n{body}\n"
+    print(text)
+    with RESULTS.open("a") as f:
+        f.write(text)
