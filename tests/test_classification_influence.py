@@ -101,12 +101,17 @@ def test_the_share_tells_good_labels_from_shuffled_ones() -> None:
 
 def test_the_temperature_undoes_overconfidence() -> None:
     x, y = problem(200)
-    logits = x[:, :3].double()
+    logits = 5 * x[:, :3].double()
     t = inf.temperature(logits, y)
     assert abs(inf.temperature(7 * logits, y) / (7 * t) - 1) < 0.03
     best = F.cross_entropy(logits / t, y)
     assert best <= F.cross_entropy(logits / (1.1 * t), y)
     assert best <= F.cross_entropy(logits / (0.9 * t), y)
+
+
+def test_a_head_that_is_always_right_is_not_sharpened() -> None:
+    y = torch.arange(30) % 3
+    assert inf.temperature(F.one_hot(y, 3).double(), y) == 1
 
 
 def test_the_bootstrap_interval_is_about_the_binomial_one() -> None:

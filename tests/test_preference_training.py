@@ -125,7 +125,8 @@ def test_training_stops_when_both_errors_rise(tmp_path: Path) -> None:
     summary = train_preference(shaded_pairs(), tmp_path, config, **CPU)
     assert summary["steps"] < 40
     assert "rose" in summary["stopped"] and "stopped early" in outcome(summary)[0]
-    assert summary["kept"]["loss"] == min(f["loss"] for f in summary["history"])
+    drawing = [f["separation"] for f in summary["history"] if f["dL_w"] < 0.05]
+    assert summary["kept"]["separation"] == max(drawing)
     assert summary["kept"]["dL_w"] < 0.05
 
 
@@ -230,20 +231,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(bundle: str, tmp_path
 
 
 def figures(*triples: tuple[float, float, float]) -> list[dict[str, float]]:
-    return [{"loss": loss, "dL_w": w, "dL_l": lo} for loss, w, lo in triples]
+    return [{"separation": s, "dL_w": w, "dL_l": lo} for s, w, lo in triples]
 
 
 def test_what_counts_as_degrading() -> None:
     objective = object.__new__(PreferenceObjective)
-    start, good = (0.69, 0.0, 0.0), (0.5, -0.01, 0.02)
-    worse, better = (0.6, 0.02, 0.03), (0.3, 0.02, 0.03)
+    start, good = (0.0, 0.0, 0.0), (0.5, -0.01, 0.02)
+    worse, better = (0.3, 0.02, 0.03), (0.8, 0.02, 0.03)
     assert objective.degrading(figures(start, good, worse, worse, worse))
     assert not objective.degrading(figures(start, good, worse, worse))
     assert not objective.degrading(figures(start, good, worse, good, worse))
     assert not objective.degrading(figures(start, good, worse, worse, better))
-    ruined = (0.1, 0.2, 0.9)
+    ruined = (2.0, 0.2, 0.9)
     assert objective.degrading(figures(start, good, ruined, ruined, ruined))
-    noise = (0.6, 0.001, 0.002)
+    noise = (0.3, 0.001, 0.002)
     assert not objective.degrading(figures(start, good, noise, noise, noise))
     assert not objective.degrading([])
 

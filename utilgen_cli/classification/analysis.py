@@ -47,8 +47,8 @@ def _calibrate(model: Classifier, reference: LabelledImages) -> None:
     label too, would lower the validation loss and count as helpful.
     """
     t = temperature(see(model, reference)[1], reference.labels)
-    model.head.weight /= t
-    model.head.bias /= t
+    model.head.weight.div_(t)
+    model.head.bias.div_(t)
 
 
 @torch.no_grad()

@@ -31,8 +31,11 @@ def residuals(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """T in [1/10, 100] that minimises the loss of logits / T (Guo et al. 2017), by search."""
-    candidates = torch.logspace(-1, 2, 301, dtype=torch.float64)
+    """T in [1, 100] that minimises the loss of logits / T (Guo et al. 2017), by search.
+
+    Never below one: where every label is right, sharpening would leave no gradient to compare.
+    """
+    candidates = torch.logspace(0, 2, 201, dtype=torch.float64)
     losses = [torch.nn.functional.cross_entropy(logits.double() / t, labels) for t in candidates]
     return candidates[int(torch.stack(losses).argmin())].item()
 

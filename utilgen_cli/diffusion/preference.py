@@ -128,7 +128,8 @@ class PreferenceObjective:
     def validate(self) -> Figures:
         """Figures on held-out pairs at fixed noise and timesteps.
 
-        loss; accuracy: share of pairs that psi ranks right; dL_w, dL_l as shares of the reference's
+        loss; accuracy: share of pairs that psi ranks right; separation: mean of dL_l - dL_w over
+        the pairs in units of its standard deviation; dL_w, dL_l as shares of the reference's
         own error; drift: mean squared distance from the reference's predictions.
         """
         dL, drift, L_ref = [], [], []
@@ -152,6 +153,7 @@ class PreferenceObjective:
         values = {
             "loss": self.pair_loss(dL_w, dL_l, self.beta, z).mean(),
             "accuracy": wins.mean(),
+            "separation": margin.mean() / margin.std(correction=0).clamp(min=1e-12),
             "dL_w": dL_w.mean() / L_ref.mean(),
             "dL_l": dL_l.mean() / L_ref.mean(),
             "drift": drift.mean(),
@@ -159,9 +161,10 @@ class PreferenceObjective:
         return {name: float(value) for name, value in values.items()}
 
     def score(self, figures: Figures) -> float:
-        """The best checkpoint has the lowest loss on held-out pairs, among those that still draw:
-        a wreck can rank pairs well."""
-        return -figures["loss"] if figures["dL_w"] < RUIN else -math.inf
+        """The best checkpoint separates held-out winners from losers best, among those that still
+        draw: a wreck can rank well. (The loss itself mostly tells how confident psi is: it can
+        rise above log 2 while ranking gets better.)"""
+        return figures["separation"] if figures["dL_w"] < RUIN else -math.inf
 
     def degrading(self, history: list[Figures]) -> str | None:
         """Both errors above the reference's three times in a row, and no better checkpoint among

@@ -206,7 +206,7 @@ def outcome(summary: dict[str, Any]) -> list[str]:
     lines.append(
         f"kept step {summary['kept_step']} of {summary['steps']}: "
         f"{100 * kept['accuracy']:.0f} % of {summary['held_out']} held-out pairs are ranked right, "
-        f"loss {summary['before']['loss']:.3f} -> {kept['loss']:.3f}, denoising error of winners "
+        f"separation {kept['separation']:.2f}, denoising error of winners "
         f"{100 * kept['dL_w']:+.1f} %, of losers {100 * kept['dL_l']:+.1f} %"
     )
     if summary["kept_step"] == 0:
