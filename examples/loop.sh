@@ -15,8 +15,10 @@ for round in $(seq 0 "$rounds"); do
   r=round$round
   utilgen generate --tokens tokens "${adapter[@]}" --per-class "$per_class" -o "$r/synth"
   utilgen eval --real "$real" --synthetic "$r=$r/synth" --test "$val" -o "$r/eval" --json > "$r/eval.json"
-  accuracy=$(python3 -c 'import json, sys; arms = json.load(sys.stdin)["arms"]
-print(next(arm["mean"] for arm in arms if arm["arm"].startswith(sys.argv[1] + "+")))' "$r" < "$r/eval.json")
+  accuracy=$(python3 -c '
+import json, sys
+arms = {arm["name"]: arm["accuracy"]["mean"] for arm in json.load(sys.stdin)["arms"]}
+print(arms["real + " + sys.argv[1]])' "$r" < "$r/eval.json")
   echo "round $round: validation accuracy $accuracy"
   if ! awk "BEGIN { exit !($accuracy > $best_accuracy) }"; then break; fi
   best=$round best_accuracy=$accuracy

@@ -39,9 +39,10 @@ stage ilpo --tokens tokens --adapter dpo --per-class "$per_class" --seed 0 \
   -o after --save-policy policy "${smoke[@]}"
 stage value score after -o after-scored
 
-# What it did for the classifier, on test images that nothing above has seen.
+# What it did for the classifier, on test images that nothing above has seen. The loop has used the
+# validation images, so every arm with real images gets them as well.
 stage eval --real "$data/real" --synthetic before=before-scored --synthetic after=after-scored \
-  --val "$data/val" --test "$data/test" --seeds "$seeds" --baseline real \
+  --val "$data/val" --val-as-train --test "$data/test" --seeds "$seeds" --baseline real \
   -o eval --value value --report report.html "${smoke[@]}"
 
 cat last-output
