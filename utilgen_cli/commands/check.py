@@ -31,9 +31,9 @@ def check(
 
     found = check_shards(shards, reporter(quiet), remove)
     summary = {"shards": found.shards, "samples": found.samples, "broken": found.broken}
-    line = f"checked {found.shards} shards, {found.samples} samples"
-    report(summary, as_json, line, to_stdout=True)
+    whole = f"checked {found.shards} shards, {found.samples} samples"
+    report(summary, as_json, "" if found.broken else whole, to_stdout=True)
     if found.broken:
         first = found.broken[0]
         remedy = "Remove it with --remove and run the command that made it again."
-        raise BadInput(first["shard"], first["why"], remedy)
+        raise BadInput(first["shard"], first["why"].removeprefix(f"{first['shard']}: "), remedy)
