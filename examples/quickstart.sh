@@ -34,8 +34,10 @@ stage value score before -o before-scored
 stage pairs before-scored -o pairs
 stage dpo pairs --tokens tokens -o dpo "${smoke[@]}"
 
-# Instance level: prompts and starting noise that raise the utility of what is drawn.
-stage ilpo --tokens tokens --adapter dpo --per-class "$per_class" --seed 0 \
+# Instance level: prompts and starting noise that raise the utility of what is drawn, near the real
+# images in CLIP's eyes, and unlike one another.
+stage ilpo --tokens tokens --adapter dpo --per-class "$per_class" --seed 0 --guidance-scale 1.5 \
+  --real "$data/real" --clip-image-weight 2 --clip-weight 0 --diversity 2 \
   -o after --save-policy policy "${smoke[@]}"
 stage value score after -o after-scored
 
