@@ -31,8 +31,7 @@ stage value train --real "$data/real" --synthetic before --val "$data/val" -o va
 stage value score before -o before-scored
 
 # Model level: prefer useful images to useless ones of the same class, and tune the generator so.
-stage pairs before-scored -o pairs
-stage dpo pairs --tokens tokens -o dpo "${smoke[@]}"
+utilgen pairs before-scored | stage dpo --tokens tokens -o dpo "${smoke[@]}"
 
 # Instance level: prompts and starting noise that raise the utility of what is drawn, near the real
 # images in CLIP's eyes, and unlike one another.

@@ -82,6 +82,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_classifier(tmp_path / "missing")
 
 
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    model = build_classifier("small-cnn", 2, 16)
+    model.head = torch.nn.Linear(model.head.in_features, 3)
+    save_classifier(tmp_path / "c.safetensors", model)
+    with pytest.raises(BadInput, match="other weights"):
+        load_classifier(tmp_path / "c.safetensors")
+
+
 def test_an_unknown_architecture_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="--arch resnet51"):
         build_classifier("resnet51", 4, 32)

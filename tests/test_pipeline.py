@@ -75,6 +75,12 @@ def test_generate_score_pairs_dpo(loop: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == "round1\n" or done.stdout.decode() == "round1/\n"
     assert (loop / "round1" / "pytorch_lora_weights.safetensors").exists()
+    again = run(
+        f"utilgen value score synth {FORCE} | utilgen pairs | utilgen dpo --tokens tokens/"
+        " -o round1/ --smoke",
+        loop,
+    )
+    assert again.returncode == 0, "a run that is done lets its upstream end"
     drawn = run(
         "utilgen generate --tokens tokens/ --adapter round1 --per-class 1 --steps 4 -o after", loop
     )

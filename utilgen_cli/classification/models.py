@@ -200,5 +200,10 @@ def load_classifier(path: Path) -> Classifier:
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
     model = build_classifier(facts["arch"], facts["num_classes"], facts["transform"]["size"])
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise BadInput(
+            str(path), f"holds other weights than {facts['arch']} has here", "Train it again."
+        ) from None
     return model.eval()

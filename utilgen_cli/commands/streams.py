@@ -114,11 +114,6 @@ def plan_items(classes: int, per_class: int, start: int = 0) -> list[Item]:
     return [(c, i) for i in range(start, start + per_class) for c in range(classes)]
 
 
-def item_key(item: Item) -> str:
-    """The key of a generated sample."""
-    return f"{item[0]:04d}-{item[1]:06d}"
-
-
 def is_whole(shard: Path) -> bool:
     """True if the shard and its statistics, which are written last, are there."""
     return shard.exists() and stats_path(shard).exists()

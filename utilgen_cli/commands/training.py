@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import chain
@@ -93,7 +94,7 @@ def train_command(
     config = make_config(name)
     settings = {**asdict(config), "input": [str(path) for path in source.paths]}
     work = {"device": where, "dtype": pick_dtype(precision, where), "progress": reporter(quiet)}
-    return _in_directory(
+    summary = _in_directory(
         output,
         command,
         settings,
@@ -101,6 +102,9 @@ def train_command(
         overwrite,
         lambda path: train(samples, path, config, **work),
     )
+    if source.is_stdin:
+        deque(samples, maxlen=0)  # a run that was done already lets its upstream end as well
+    return summary
 
 
 def _in_directory(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.device import pick_device, pick_dtype
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
-from ..shards.sample import Sample, encode_json
+from ..shards.sample import Sample, encode_json, numbered_key
 from .adapters import fuse_adapters
 from .bundle import find_model, read_defaults
 from .ddim import SAMPLERS, initial_noise, sample
@@ -183,4 +183,4 @@ class LazyGenerator:
 def generated_sample(item: Item, image: bytes, format: str, facts: dict[str, Any]) -> Sample:
     """An encoded image of (class index, image index) as a sample."""
     members = {format: image, "cls": str(item[0]).encode(), "json": encode_json(facts)}
-    return Sample(f"{item[0]:04d}-{item[1]:06d}", members)
+    return Sample(numbered_key(*item), members)

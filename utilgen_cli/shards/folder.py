@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..runtime.errors import BadInput, NoInput
 from .images import decode_rgb, encode_image
-from .sample import IMAGE_TYPES, Sample, encode_json
+from .sample import IMAGE_TYPES, Sample, encode_json, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
 
@@ -74,7 +74,7 @@ def pack_images(
     """A sample an image; with `size` re-encoded as a PNG of that side, else byte for byte."""
     for number, (label, path) in images:
         kind = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
-        sample = Sample(f"{label:04d}-{number:06d}", {kind: path.read_bytes()}, str(path))
+        sample = Sample(numbered_key(label, number), {kind: path.read_bytes()}, str(path))
         rgb = decode_rgb(sample, size)  # a broken image is found here, not hours later
         if size is not None:
             sample = Sample(sample.key, {"png": encode_image(rgb)}, str(path))

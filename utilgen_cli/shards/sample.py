@@ -10,11 +10,16 @@ from typing import Any
 from ..runtime.errors import BadInput
 from ..runtime.files import encode_json
 
-__all__ = ["IMAGE_TYPES", "Sample", "check_key", "encode_json"]
+__all__ = ["IMAGE_TYPES", "Sample", "check_key", "encode_json", "numbered_key"]
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_/-]*")
 MAX_KEY = 80  # bytes: key and member name then fit a plain ustar header
+
+
+def numbered_key(class_index: int, number: int) -> str:
+    """The key of image `number` of a class."""
+    return f"{class_index:04d}-{number:06d}"
 
 
 @dataclass(slots=True)
