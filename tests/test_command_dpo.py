@@ -43,8 +43,12 @@ def test_dpo_reads_a_pipe_and_prints_its_directory(
     assert b"of 2 held-out pairs are ranked right" in done.stderr
     names = {path.name for path in (tmp_path / "round1").iterdir()}
     assert names == {".lock", "settings.json", "dpo.json", LORA}
-    again = utilgen("dpo", "-m", bundle, *QUICK, "-o", "round1", "--json", input=b"")
+    again = utilgen(
+        "dpo", "-m", bundle, *QUICK, "-o", "round1", "--json", input=tar_bytes(pairs(16))
+    )
     assert json.loads(again.stdout)["pairs"] == 16
+    broken = utilgen("dpo", "-m", bundle, *QUICK, "-o", "round1", input=b"", check=False)
+    assert broken.returncode == 65, "what fails upstream is said, also when the work is done"
 
 
 def test_a_broken_pipe_leaves_nothing_that_looks_done(
