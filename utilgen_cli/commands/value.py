@@ -71,6 +71,10 @@ def train(
     """Learn the value of samples: a few-shot classifier and a weight network (TODV).
 
     Example: utilgen value train --real real/ --synthetic synth/ --val val/ -o value/
+
+    Images of --real and --val take both roles in turn: each classifier learns from some folds and
+    is judged on the one held out. The canary (planted wrong labels among real images) says how well
+    wrong labels are told; on generated images, which look otherwise, expect less.
     """
     from ..runtime.device import pick_device
     from ..runtime.progress import reporter
