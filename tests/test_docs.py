@@ -49,9 +49,11 @@ def test_every_option_has_a_help_text() -> None:
                 assert info.help, f"{command.name} {name}"
 
 
-@pytest.mark.parametrize(
-    "document", [p for p in ROOT.rglob("*.md") if ".venv" not in p.parts], ids=lambda p: str(p.relative_to(ROOT))
-)  # fmt: skip
+MADE = {".venv", "build", "quickstart"}  # not ours to check
+DOCUMENTS = [p for p in ROOT.rglob("*.md") if not MADE & set(p.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_relative_links_resolve(document: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         if not re.match(r"[a-z]+:", link):
