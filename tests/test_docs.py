@@ -50,7 +50,7 @@ def test_every_option_has_a_help_text() -> None:
 
 
 MADE = {".venv", "build", "quickstart"}  # not ours to check
-DOCUMENTS = [p for p in ROOT.rglob("*.md") if not MADE & set(p.relative_to(ROOT).parts)]
+DOCUMENTS = [p for p in sorted(ROOT.rglob("*.md")) if not MADE & set(p.relative_to(ROOT).parts)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
