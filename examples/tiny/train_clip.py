@@ -153,6 +153,16 @@ WORDS = [
 ]
 
 
+SHIPPED = Path(__file__).parents[2] / "utilgen_cli" / "tiny" / "tokenizer"
+
+
+def load_tokenizer(source: Path, out: Path) -> CLIPTokenizer:
+    """The tokenizer at `source`, kept in `out` as well."""
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
 def train_tokenizer(out: Path) -> CLIPTokenizer:
     """A byte-pair tokenizer of CLIP's form; the end-of-text id is the highest, as CLIP expects."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -233,12 +243,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--new-tokenizer",
+        action="store_true",
+        help="train one: the library breaks ties between merges at random, so no two are alike",
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    tokenizer = train_tokenizer(args.out / "tokenizer")
+    if args.new_tokenizer:
+        tokenizer = train_tokenizer(args.out / "tokenizer")
+    else:
+        tokenizer = load_tokenizer(SHIPPED, args.out / "tokenizer")
     config = model_config(len(tokenizer))
     model = open_clip.CLIP(**config)
     images, labels = load("train")
