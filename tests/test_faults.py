@@ -1,29 +1,38 @@
-"""The short form of the fault campaign (tests/faults/): hit a run, run it again, compare bytes."""
+"""The short form of the campaigns in tests/faults/: hurt a run, run it again, compare bytes."""
 
 from __future__ import annotations
 
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
-from .faults.campaign import disturb
+from .faults.outputs import torn
+from .faults.runs import Runs, started
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("name", ["generate", "dpo"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("name", "hits"),
+    [("generate", (signal.SIGTERM, signal.SIGKILL)), ("lora", (signal.SIGKILL,))],
+    ids=["generate", "lora"],
+)
 def test_a_run_that_was_hit_goes_on_to_the_same_bytes(
-    name: str, number: signal.Signals, work: Path
+    name: str, hits: tuple[signal.Signals, ...], runs: Runs
 ) -> None:
-    row = disturb(name, work, number, random.Random(f"{name}{number}"))
-    assert row["same"], row
-    assert not row["partial"], row
-    if row["hit"] and number == signal.SIGTERM:
-        assert row["code"] in (0, 75, -signal.SIGTERM), row  # -15: before it could listen
-    assert "why" not in row, row
+    seconds, out = runs.ready(name), runs.fresh(name)
+    words, errors, rng = runs.words(name, out), runs.errors, random.Random(name)
+    for number in hits:
+        run = started(words, errors)
+        assert run.work_until(rng.uniform(0.6, 0.9) * seconds)
+        run.send(number)
+        code = run.wait(60)
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75), run.said
+        assert torn(out) == []
+    last = started(words, errors)
+    assert last.wait(120) == 0, last.said
+    assert runs.same(name, out) == ""

@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,8 @@ from utilgen_cli.runtime.checkpoint import (
 from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.seeds import sample_generator
+
+from .conftest import ROOT
 
 
 def test_the_same_settings_resume_and_others_are_refused_with_the_difference(
@@ -86,6 +91,30 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: 
     assert load_checkpoint(path) is None
 
 
+def test_parts_that_start_in_the_same_moment_all_get_their_share(tmp_path: Path) -> None:
+    def start(number: int) -> int:
+        with OutputDirectory(tmp_path / str(number // 8), "x", {"a": 1}, part=f"{number % 8}/8"):
+            return number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(start, range(160))) == list(range(160))
+
+
+def test_a_part_does_not_overwrite_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="other parts"):
+        OutputDirectory(tmp_path, "x", {}, overwrite=True, part="0/2")
+
+
+def test_leftovers_of_a_killed_run_are_no_foreign_files_and_go(tmp_path: Path) -> None:
+    for name in (".settings.json.tmp", "00000.tar.tmp", "inner/.a.safetensors.tmp", "inner/a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{")
+    (tmp_path / "settings.json").write_text('{"command": "x"}')
+    with OutputDirectory(tmp_path, "x", {}):
+        left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".lock", ".lock-settings", "a.json", "settings.json"]
+
+
 def test_nan_never_reaches_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UtilgenError, match="not finite"):
         save_checkpoint(tmp_path / "c", {"w": torch.tensor([1.0, float("nan")])}, {})
@@ -121,19 +150,64 @@ def test_an_image_has_its_own_random_numbers() -> None:
     assert len({tuple(draw(s, c, i)) for s in range(3) for c in range(3) for i in range(3)}) == 27
 
 
-def test_a_stop_signal_is_kept_until_the_work_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our handlers, nothing received yet, and a command under way."""
     monkeypatch.setattr(signals, "_received", [])
-    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
-    try:
-        signals.install()
+    monkeypatch.setattr(signals, "_command", ["test"])
+    before = {number: signal.getsignal(number) for number in signals.NUMBERS}
+    signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_signal_is_kept_where_the_work_asks(listening: None) -> None:
+    with signals.deferred():
         signals.check()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.stop_requested()
         with pytest.raises(Stopped, match="SIGUSR1"):
             signals.check()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_elsewhere_a_stop_signal_ends_the_command_at_once(
+    listening: None, number: int, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), signals.running("test"):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except Exception:
+            pytest.fail("a library that catches Exception holds the stop up")
+        pytest.fail("went on")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("os.kill(me, 15); time.sleep(0.5); os.kill(me, 15); time.sleep(60)", 75),
+        ("os.kill(me, 2); time.sleep(0.5); os.kill(me, 2); time.sleep(60)", 130),
+        ("os.kill(me, 10); time.sleep(60)", 75),  # no second signal: the grace time ends it
+    ],
+    ids=["TERM TERM", "INT INT", "deaf"],
+)
+def test_work_that_does_not_listen_is_left_in_time(script: str, code: int) -> None:
+    words = f"""import os, time
+from utilgen_cli.runtime import signals
+signals.GRACE = 1.0
+signals.install(); signals.watch()
+me = os.getpid()
+with signals.running("test"), signals.deferred():
+    {script}"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(b"utilgen: test: SIG") and done.stderr.count(b"\n") == 1
+    assert time.monotonic() - start < 30
 
 
 def test_an_error_is_one_terminal_safe_line() -> None:

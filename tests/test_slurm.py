@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT, Run
+from .faults.outputs import digest
+from .faults.slurm import Cluster
 
 SLURM = ROOT / "examples" / "slurm"
 
@@ -73,3 +76,15 @@ def test_a_failed_stage_does_not_queue_itself_again(bash: Run, tmp_path: Path) -
     done = bash(f"PATH=$PWD/bin:$PATH SLURM_JOB_ID=7 bash {SLURM}/stage.sbatch generate")
     assert done.returncode == 65
     assert not (tmp_path / "called").exists()
+
+
+def test_a_preempted_array_task_goes_on_to_the_same_shards(utilgen: Run, tmp_path: Path) -> None:
+    """The job script really runs: it is hit once it draws, puts itself back and ends."""
+    draw = "generate -m tiny --per-class 8 --shard-size 40 --steps 4 -o synth"
+    cluster = Cluster(tmp_path / "cluster")
+    sbatch = f"sbatch --parsable --job-name=draw --array=0-0 {SLURM}/stage.sbatch {draw}"
+    cluster.submit(["-c", f"{sbatch} --part slurm"])
+    cluster.run({"draw": (signal.SIGTERM, lambda: (cluster.directory / "synth").exists())})
+    assert cluster.history == [("100_0", 75), ("100_0", 0)]
+    utilgen(*draw.split())
+    assert digest(tmp_path / "cluster" / "synth") == digest(tmp_path / "synth")

@@ -14,7 +14,8 @@ import typer
 from . import __version__
 from .commands import check, dpo, evaluate, generate, ilpo, invert, lora, pack, pairs, value, view
 from .runtime import signals
-from .runtime.errors import ExitCode, UtilgenError
+from .runtime.errors import ExitCode, UsageError, UtilgenError
+from .runtime.ranks import one_process, world
 
 HELP = """Generative data augmentation judged by what it does for the classifier (UtilGen).
 
@@ -38,6 +39,9 @@ value_app = typer.Typer(
 )
 
 
+ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
+
+
 def _fail(name: str, error: BaseException) -> typer.Exit:
     """One line on stderr, and the exit that carries the code."""
     if isinstance(error, BrokenPipeError):
@@ -50,7 +54,8 @@ def _fail(name: str, error: BaseException) -> typer.Exit:
         return typer.Exit(ExitCode.INTERRUPTED)
     if not isinstance(error, UtilgenError):
         error = _translate(error)
-    print(f"utilgen: {name}: {error}", file=sys.stderr)
+    if world()[0] == 0 or not isinstance(error, UsageError):  # one line, not one a process
+        print(f"utilgen: {name}: {error}", file=sys.stderr)
     return typer.Exit(error.exit_code)
 
 
@@ -84,13 +89,28 @@ def _claimed() -> Any:
     return stdout._result
 
 
+def _look_for_inputs(options: dict[str, Any]) -> None:
+    """NoInput for shards that are not there, before anything heavy is loaded."""
+    named = [options.get(name) or [] for name in ("shards", "real", "val", "test")]
+    listed = [o for value in named for o in (value if isinstance(value, list) else [value])]
+    operands = [operand for operand in listed if isinstance(operand, str) and operand != "-"]
+    if operands:
+        from .shards.operands import open_source
+
+        open_source(operands)
+
+
 def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """Turn every exception of a command into one line and an exit code."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with signals.running(name):
+                if name in ONE_PROCESS:
+                    one_process()
+                _look_for_inputs(kwargs)
+                function(*args, **kwargs)
         except typer.Exit:
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -144,4 +164,8 @@ def main() -> None:
         sys.argv.remove("--debug")
         os.environ["UTILGEN_DEBUG"] = "1"
     signals.install()
-    app(prog_name="utilgen")
+    signals.watch()
+    try:
+        app(prog_name="utilgen")
+    finally:
+        signals.ignore()

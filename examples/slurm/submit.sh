@@ -2,6 +2,7 @@
 # Submit the loop as a chain of jobs: arrays draw and score, one job for each trainer.
 #
 #   bash submit.sh MODEL REAL VAL TEST [TASKS=8] [PER_CLASS=80]     in the directory of the run
+#   SMOKE=1 bash submit.sh tiny ...                                 a trial of the works, in minutes
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 model=$1 real=$2 val=$3 test=$4 tasks=${5:-8} per_class=${6:-80}
@@ -14,17 +15,21 @@ job() { # job NAME AFTER ARRAY ARGS...: prints the job's number; AFTER and ARRAY
 }
 
 draw=(-m "$model" --tokens tokens --per-class "$per_class" --shard-size 100)
+smoke=() force=() few=()
+if [ -n "${SMOKE:-}" ]; then # a value model of a few steps may miss the canary's bar
+  draw+=(--shard-size 20 --steps 4) smoke=(--smoke) force=(--force) few=(--seeds 2)
+fi
 
-invert=$(job invert "" "" invert "$real" -m "$model" -o tokens)
+invert=$(job invert "" "" invert "$real" -m "$model" -o tokens "${smoke[@]}")
 generate=$(job generate "$invert" "$tasks" generate "${draw[@]}" --part slurm -o synth)
-train=$(job value "$generate" "" value train --real "$real" --synthetic synth --val "$val" -o value)
-score=$(job score "$train" "$tasks" value score synth --value value --part slurm -o scored)
+train=$(job value "$generate" "" value train --real "$real" --synthetic synth --val "$val" -o value "${smoke[@]}")
+score=$(job score "$train" "$tasks" value score synth --value value --part slurm -o scored "${force[@]}")
 pairs=$(job pairs "$score" "" pairs scored -o pairs)
-dpo=$(job dpo "$pairs" "" dpo pairs -m "$model" --tokens tokens -o dpo)
+dpo=$(job dpo "$pairs" "" dpo pairs -m "$model" --tokens tokens -o dpo "${smoke[@]}")
 # One job learns the prompts; the array then draws with them.
 ilpo=$(job ilpo "$dpo" "" ilpo -m "$model" --value value --tokens tokens --adapter dpo \
-  --per-class 1 -o ilpo-trial --save-policy policy)
+  --per-class 1 -o ilpo-trial --save-policy policy "${smoke[@]}")
 best=$(job best "$ilpo" "$tasks" generate "${draw[@]}" --adapter dpo --policy policy --part slurm -o best)
 eval=$(job eval "$best" "" eval --real "$real" --synthetic before=synth --synthetic after=best \
-  --val "$val" --test "$test" -o eval --report report.html)
+  --val "$val" --test "$test" -o eval --report report.html "${smoke[@]}" "${few[@]}")
 echo "submitted; the last job is $eval"

@@ -9,14 +9,22 @@ import typer
 
 from . import options as o
 from . import training as t
+from .quarantining import quarantine_of
 
 Init = Annotated[Path | None, typer.Option(help="Begin from this result of `dpo` or `lora`.")]
 Reference = Annotated[str, typer.Option(help="base (the model itself), or previous (the --init).")]
-Loss = Annotated[str, typer.Option(help="dpo, ipo, or kto (each image judged by itself).")]
+Loss = Annotated[
+    str, typer.Option(help="dpo, ipo, or kto (each image by itself: scored samples do as well).")
+]
+Desirable = Annotated[
+    str,
+    typer.Option(help="Which scored samples kto wants: quantile:Q (the upper share of a class, and "
+                 "the lower one not) or above:U (utility; above:0 is the sign)."),
+]  # fmt: skip
 Beta = Annotated[
     float,
-    typer.Option(help="Strength of the tie to the reference, a factor of mean squared errors: half "
-                 "of the public scripts' --beta_dpo (their 5000 is 2500 here)."),
+    typer.Option(help="Strength of the tie to the reference, a factor of squared errors: as in "
+                 "diffusers' script, half of --beta_dpo in the authors' (5000 is 2500 here)."),
 ]  # fmt: skip
 Full = Annotated[
     bool,
@@ -34,6 +42,7 @@ def dpo(
     reference: Reference = "base",
     loss: Loss = "dpo",
     beta: Beta = 2500.0,
+    desirable: Desirable = "quantile:0.25",
     rank: t.Rank = 16,
     full: Full = False,
     steps: t.Steps = 200,
@@ -50,6 +59,7 @@ def dpo(
     device: o.Device = None,
     seed: o.Seed = 0,
     smoke: o.Smoke = False,
+    on_error: o.OnError = "stop",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -64,6 +74,7 @@ def dpo(
     """
     from ..diffusion.finetune_config import FinetuneConfig
     from ..diffusion.preference_run import DONE, PreferenceConfig, outcome, train_preference
+    from ..shards.quarantine import check_any
 
     finetune = FinetuneConfig(
         steps, batch_size, learning_rate, schedule, warmup, gradient_accumulation=accumulation,
@@ -71,9 +82,9 @@ def dpo(
     )  # fmt: skip
     summary = t.train_command(
         "dpo", train_preference, DONE,
-        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, rank, full, flip,
-                                      checkpointing, t.smoked(finetune, smoke)),
+        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, desirable, rank,
+                                      full, flip, checkpointing, t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
-        overwrite=overwrite, quiet=quiet,
+        overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error, check_any),
     )  # fmt: skip
     t.finish(output, summary, as_json, quiet, outcome(summary))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import evaluate_options as o
-from .options import Device, Json, Overwrite, Precision, Quiet, Smoke, Verbose
+from .options import Device, Json, OnError, Overwrite, Precision, Quiet, Smoke, Verbose
 
 
 def evaluate(
@@ -13,6 +13,7 @@ def evaluate(
     val: o.Validation = None,
     arch: o.Arch = None,
     seeds: o.Seeds = 5,
+    seed: o.FirstSeed = 0,
     times: o.Times = None,
     baseline: o.Baseline = "real",
     preset: o.Preset = "quick",
@@ -31,6 +32,7 @@ def evaluate(
     price_per_hour: o.Price = None,
     device: Device = None,
     precision: Precision = None,
+    on_error: OnError = "stop",
     overwrite: Overwrite = False,
     smoke: Smoke = False,
     as_json: Json = False,
@@ -47,17 +49,17 @@ def evaluate(
     from ..classification.train import PRESET_ARCHS
     from ..classification.train import preset as preset_config
     from ..report.evaluation import write_report
-    from ..report.table import render
     from ..runtime.device import pick_device, pick_dtype
-    from ..runtime.files import encode_json
     from ..runtime.progress import reporter
-    from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
-    from .evaluate_options import open_inputs, read_value
+    from .evaluate_options import open_inputs, read_value, show
+    from .quarantining import quarantine_of, tell
+    from .training import own_device
 
-    inputs, shown = open_inputs(real, synthetic, val, test, scored)
+    aside = quarantine_of(on_error)
+    inputs, shown = open_inputs(real, synthetic, val, test, scored, aside)
     learned = read_value(value)
     archs = arch or [PRESET_ARCHS.get(preset, "small-cnn")]
-    where = pick_device(device)
+    where = pick_device(own_device(device))
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=30 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
@@ -65,14 +67,14 @@ def evaluate(
     )  # fmt: skip
     pixels = size or (32 if archs == ["small-cnn"] else 224)
     protocol = c.Protocol(
-        config, archs, seeds, pixels, times or (), baseline, val_as_train, pretrained,
+        config, archs, seeds, seed, pixels, times or (), baseline, val_as_train, pretrained,
         price_per_hour, where,
     )  # fmt: skip
     found = c.compare_arms(inputs, protocol, output, overwrite, reporter(quiet))
+    if found is None:  # under torchrun the first process tells
+        return
     if report is not None:
         write_report(report, found, shown, learned)
-    if as_json:
-        claim_stdout().write(encode_json(found.summary))
-        claim_stdout().flush()
-    else:
-        say(render(found.summary, stdout_is_terminal()))
+    tell(aside, "eval")
+    found.summary |= aside.summary()
+    show(found.summary, as_json)

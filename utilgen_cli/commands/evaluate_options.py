@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..classification.comparison import Inputs
     from ..shards.operands import Source
+    from ..shards.quarantine import Quarantine
 
 Real = Annotated[str, typer.Option(help="Real training shards.")]
 Test = Annotated[str, typer.Option(help="Test shards: opened when all training is over.")]
@@ -25,12 +26,14 @@ Synthetic = Annotated[
 Arch = Annotated[
     list[str] | None,
     typer.Option(
-        help="small-cnn, a timm name, or open_clip:NAME-or-directory; may repeat. Default: the "
+        help="small-cnn, a timm name, or open_clip:NAME-or-directory (open_clip-lora:... to adapt "
+        "the tower); may repeat. Default: the "
         "preset's, small-cnn for quick and resnet50 for the others.",
         show_default=False,
     ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Trainings of every arm.")]
+FirstSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first of them.")]
 Times = Annotated[
     list[float] | None,
     typer.Option(
@@ -101,28 +104,34 @@ def named(pairs: Sequence[str] | None, option: str) -> dict[str, str]:
 
 
 def open_inputs(
-    real: str, synthetic: list[str] | None, val: str | None, test: str, scored: list[str] | None
+    real: str,
+    synthetic: list[str] | None,
+    val: str | None,
+    test: str,
+    scored: list[str] | None,
+    aside: Quarantine | None = None,
 ) -> tuple[Inputs, dict[str, Source]]:
     """The sources of all sets, and those whose images the report shows."""
     from ..classification.comparison import Inputs
     from ..runtime.errors import UsageError
 
-    sets = {name: _files(s) for name, s in named(synthetic, "--synthetic").items()}
-    shown = {name: _files(s) for name, s in named(scored, "--scored").items()}
+    sets = {name: _files(s, aside) for name, s in named(synthetic, "--synthetic").items()}
+    shown = {name: _files(s, aside) for name, s in named(scored, "--scored").items()}
     unknown = sorted(set(shown) - set(sets))
     if unknown:
         raise UsageError(f"--scored {unknown[0]}", "no --synthetic has this name", "Name it alike.")
-    inputs = Inputs(_files(real), sets, _files(test), _files(val) if val else None)
+    validation = _files(val, aside) if val else None
+    inputs = Inputs(_files(real, aside), sets, _files(test, aside), validation)
     return inputs, sets | shown
 
 
-def _files(operand: str) -> Source:
+def _files(operand: str, aside: Quarantine | None) -> Source:
     from ..runtime.errors import UsageError
     from ..shards.operands import open_source
 
     if operand == "-":
         raise UsageError("-", "eval reads its shards more than once", "Name files or directories.")
-    return open_source([operand])
+    return open_source([operand], aside)
 
 
 def read_value(directory: Path | None) -> dict[str, Any] | None:
@@ -141,3 +150,16 @@ def read_value(directory: Path | None) -> dict[str, Any] | None:
     except ValueError:
         raise BadInput(str(path), "not JSON", "Make it again with utilgen value train.") from None
     return value if isinstance(value, dict) else None
+
+
+def show(summary: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: JSON for programs, a table for people."""
+    from ..report.table import render
+    from ..runtime.files import encode_json
+    from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
+
+    if as_json:
+        claim_stdout().write(encode_json(summary))
+        claim_stdout().flush()
+    else:
+        say(render(summary, stdout_is_terminal()))

@@ -48,6 +48,7 @@ def ilpo(
     device: o.Device = None,
     precision: o.Precision = None,
     smoke: o.Smoke = False,
+    on_error: o.OnError = "stop",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -56,6 +57,8 @@ def ilpo(
     """Optimise class prompts (through the sampler) and noise for utility, then draw with them.
 
     Example: utilgen ilpo -m tiny --value value/ --real real/ --per-class 80 -o best/
+
+    It draws with DDIM: the noise optimisation inverts its steps.
     """  # fmt: skip
     from .streams import plan_items, refuse_terminal, report, run_source
 
@@ -67,6 +70,7 @@ def ilpo(
     from ..diffusion.prompt_search import SearchConfig
     from ..runtime.progress import reporter
     from .joining import Aim, PolicyRun
+    from .quarantining import quarantine_of, tell
 
     if smoke:
         per_class, steps, iterations, population = min(per_class, 2), 4, min(iterations, 2), 1
@@ -87,8 +91,12 @@ def ilpo(
         set_weight,
     )  # fmt: skip
     directory = save_policy or (None if output == "-" else Path(output) / ".policy")
-    run = PolicyRun(config, aim, instance, directory, device, precision, reporter(quiet), overwrite)
+    aside = quarantine_of(on_error)
+    run = PolicyRun(
+        config, aim, instance, directory, device, precision, reporter(quiet), overwrite, aside
+    )
     plan = plan_items(len(known_classes(config)), per_class, start)
     settings = {**run.settings(), "per_class": per_class, "start": start, "shard_size": shard_size}
     run_source(run.draw, plan, output, "ilpo", settings, overwrite, shard_size, part, run.about)
-    report(run.summary(), as_json, "" if quiet else run.line())
+    tell(aside, "ilpo")
+    report({**run.summary(), **aside.summary()}, as_json, "" if quiet else run.line())

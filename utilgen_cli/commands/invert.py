@@ -8,6 +8,7 @@ import typer
 
 from . import options as o
 from . import training as t
+from .quarantining import quarantine_of
 
 
 def invert(
@@ -28,6 +29,7 @@ def invert(
     device: o.Device = None,
     seed: o.Seed = 0,
     smoke: o.Smoke = False,
+    on_error: o.OnError = "stop",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -51,7 +53,7 @@ def invert(
         lambda name: InversionConfig(name, vectors, names, flip, checkpointing,
                                      t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
-        overwrite=overwrite, quiet=quiet,
+        overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error),
     )  # fmt: skip
     before, after = summary["loss_before"], summary["loss_after"]
     line = f"{len(summary['classes'])} tokens: denoising loss {before:.4f} -> {after:.4f}"

@@ -23,10 +23,12 @@ from ..diffusion.policy import FACTS, Policy, load_policy
 from ..diffusion.prompt_search import Labeller, Term
 from ..diffusion.set_terms import coverage, gradient_match, spread
 from ..runtime import signals
+from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
 from ..shards.operands import open_source
+from ..shards.quarantine import Quarantine
 from ..shards.sample import Sample
 from ..valuation.value_model import ValueModel, load_value
 
@@ -60,8 +62,10 @@ class Aim:
 class Terms:
     """The summands of the objective, and who names the classes of images."""
 
-    def __init__(self, aim: Aim, generator: Generator) -> None:
-        model = generator.model
+    def __init__(
+        self, aim: Aim, generator: Generator, quarantine: Quarantine | None = None
+    ) -> None:
+        model, self.quarantine = generator.model, quarantine
         self.aim, self.device, self.classes = aim, model.device, generator.classes
         value = load_value(aim.value, self.device)
         if value.classes != generator.classes:
@@ -75,7 +79,7 @@ class Terms:
     def _shots(self, size: int) -> tuple[Tensor, Tensor]:
         if self.aim.real is None:
             return torch.empty(0), torch.empty(0)
-        real = load_images(open_source([str(self.aim.real)]), size, self.classes)
+        real = load_images(open_source([str(self.aim.real)], self.quarantine), size, self.classes)
         return to_float(real.images).to(self.device), real.labels.to(self.device)
 
     def terms(self) -> list[Term]:
@@ -146,9 +150,11 @@ class PolicyRun(LazyGenerator):
         precision: str | None,
         progress: Progress = silent,
         overwrite: bool = False,
+        quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__(config, device, precision, progress)
         self.aim, self.instance, self.overwrite = aim, instance, overwrite
+        self.quarantine = quarantine or Quarantine()
         self.policy_directory, self.policy = policy_directory, None  # type: Path | None, Policy | None
         self.calls = Calls()
 
@@ -158,6 +164,7 @@ class PolicyRun(LazyGenerator):
             **self.config.settings(),
             "aim": asdict(self.aim),
             "instance": self.instance.facts(),
+            **self.quarantine.settings(),
         }
 
     def draw(self, items: Sequence[tuple[int, int]]) -> Iterator[Sample]:
@@ -189,13 +196,12 @@ class PolicyRun(LazyGenerator):
         ):
             if not out.is_done(FACTS):
                 self.learn(generator, out.checkpoint).save(out.path)
-                for path in out.path.glob("checkpoint*"):
-                    path.unlink()
+                remove_checkpoint(out.checkpoint)
             return load_policy(out.path)
 
     def learn(self, generator: Generator, checkpoint: Path | None) -> Policy:
         """Optimise the prompts."""
-        terms = Terms(self.aim, generator)
+        terms = Terms(self.aim, generator, self.quarantine)
         return learn_policy(
             generator, terms.terms(), terms.labellers(), self.instance, checkpoint, self.progress
         )

@@ -8,6 +8,7 @@ import typer
 
 from . import options as o
 from . import training as t
+from .quarantining import quarantine_of
 
 Per = Annotated[str, typer.Option(help="dataset: one adapter; class: a folder with one a class.")]
 
@@ -33,6 +34,7 @@ def lora(
     device: o.Device = None,
     seed: o.Seed = 0,
     smoke: o.Smoke = False,
+    on_error: o.OnError = "stop",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -54,7 +56,7 @@ def lora(
         lambda name: LoraConfig(name, tokens, rank, per, flip, checkpointing,
                                 t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
-        overwrite=overwrite, quiet=quiet,
+        overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error),
     )  # fmt: skip
     line = f"adapted to {summary['images']} images of {summary['classes']} classes"
     t.finish(output, summary, as_json, quiet, [line])

@@ -66,6 +66,10 @@ ShardSize = Annotated[int, typer.Option("--shard-size", min=1, help="Samples a s
 PerClass = Annotated[int, typer.Option("--per-class", min=1, help="Images a class.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there already.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Seconds, not quality: a trial of the works.")]
+OnError = Annotated[
+    str,
+    typer.Option(help="Single bad samples: stop at the first, or skip them, counted by reason."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 Verbose = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Overwrite, Quiet, ShardSize, Verbose
+from .options import Json, OnError, Overwrite, Quiet, ShardSize, Verbose
 
 
 def pack(
@@ -25,6 +25,7 @@ def pack(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Which shots are taken.")] = 0,
     shard_size: ShardSize = 1000,
+    on_error: OnError = "stop",
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -34,15 +35,19 @@ def pack(
 
     Example: utilgen pack photos/ -o real/    (photos/cat/1.jpg, photos/dog/2.png, ...)
     """
-    from ..shards.folder import list_images, pack_images
+    from ..shards.folder import list_images, pack_images, readable
+    from .quarantining import quarantine_of, tell
     from .streams import report, run_source
 
-    images, classes = list_images(folder, shots, seed)
+    aside = quarantine_of(on_error)
+    listed, classes = list_images(folder, shots, seed)
+    images = readable(list(enumerate(listed)), aside)
     settings = {"folder": str(folder), "size": size, "shots": shots, "seed": seed,
-                "shard_size": shard_size, "images": len(images)}  # fmt: skip
+                "shard_size": shard_size, "images": len(images), **aside.settings()}  # fmt: skip
     count = run_source(
-        lambda part: pack_images(part, classes, size), list(enumerate(images)), output, "pack",
+        lambda part: pack_images(part, classes, size), images, output, "pack",
         settings, overwrite, shard_size,
     )  # fmt: skip
-    report({"samples": count, "classes": classes}, as_json,
+    tell(aside, "pack")
+    report({"samples": count, "classes": classes, **aside.summary()}, as_json,
            f"packed {count} images of {len(classes)} classes")  # fmt: skip

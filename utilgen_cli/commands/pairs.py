@@ -26,10 +26,21 @@ def pairs(
     max_per_class: Annotated[
         int | None, typer.Option(min=1, help="Most pairs a class. Default: no limit.")
     ] = None,
+    match: Annotated[
+        str,
+        typer.Option(
+            help="What nearest compares: value (features written by `value score`), clip "
+            "(--clip), grey (8 x 8 levels); auto: value where they are, else grey."
+        ),
+    ] = "auto",
+    clip: Annotated[
+        str | None, typer.Option(help="open_clip NAME[:PRETRAINED] or directory, for --match clip.")
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="utilgen, or pickapic: jpg_0 jpg_1 label_0 caption.")
     ] = "utilgen",
     seed: o.Seed = 0,
+    on_error: o.OnError = "stop",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -39,15 +50,17 @@ def pairs(
 
     Example: utilgen value score synth/ | utilgen pairs -o pairs/
     """
-    import sys
     from dataclasses import asdict
 
     from ..runtime.progress import reporter
     from ..shards.operands import open_source
     from ..valuation.pairing import PairingConfig, PairingReport, pair_samples
+    from .matching import describer
+    from .quarantining import check_scored, quarantine_of, tell
     from .streams import Listing, report, run_reduction
 
-    config = PairingConfig(strategy, quantile, min_margin, max_per_class, seed, layout)
+    match = "clip" if clip and match == "auto" else match
+    config = PairingConfig(strategy, quantile, min_margin, max_per_class, seed, layout, match)
     found = PairingReport()
     listing = Listing(
         ("winner", "loser", "class", "win_utility", "lose_utility"),
@@ -55,12 +68,19 @@ def pairs(
         + [s.facts.get("class_name", s.label)]
         + [s.facts[n] for n in ("win_utility", "lose_utility")],
     )  # fmt: skip
-    source = open_source(shards)
-    settings = {**asdict(config), "input": [str(p) for p in source.paths]}
-    made = pair_samples(source.samples(), config, found, reporter(quiet))
+    aside = quarantine_of(on_error, check_scored)
+    source = open_source(shards, aside)
+    settings = {
+        **asdict(config),
+        "clip": clip,
+        "input": [str(p) for p in source.paths],
+        **aside.settings(),
+    }
+    made = pair_samples(source.samples(), config, found, reporter(quiet), describer(clip, config))
     run_reduction(made, output, "pairs", settings, overwrite,
-                  listing if layout == "utilgen" else None)  # fmt: skip
+                  listing if layout == "utilgen" else None, source.is_stdin)  # fmt: skip
     if found.classes and not as_json and not quiet:
         for line in found.lines():
-            print(f"utilgen: {line}", file=sys.stderr)
-    report(found.as_dict(), as_json, "")
+            report({}, False, line)
+    tell(aside, "pairs")
+    report({**found.as_dict(), **aside.summary()}, as_json, "")

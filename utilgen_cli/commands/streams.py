@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..runtime import signals
-from ..runtime.errors import UsageError
-from ..runtime.files import encode_json
+from ..runtime.errors import UsageError, printable
+from ..runtime.files import encode_json, sync_directory
 from ..runtime.output import OutputDirectory
+from ..runtime.ranks import one_process
 from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
-from ..shards.operands import Source, parse_part, read_path
+from ..shards.operands import Source, parse_part
+from ..shards.partial import clear_leftovers, resume_shard
 from ..shards.sample import Sample
-from ..shards.writer import stats_path, write_shard, write_tar
+from ..shards.sums import is_as_written, stats_path
+from ..shards.writer import write_shard, write_tar
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
 T = TypeVar("T")
 Item = tuple[int, int]  # (class index, image index)
+INCOMING = ".incoming"
+SHARE = "Share it with --part rank, or run it without torchrun."
+CELL = 80  # characters of a listing's cell
 KEEP = "Keep the result with `-o DIR`, or pipe it into the next command."
 
 
@@ -48,6 +55,8 @@ def run_filter(
     part: str | None = None,
 ) -> int:
     """Put every sample through `stage`; how many came out. Whole shards already there are kept."""
+    if part is None:
+        one_process(SHARE)
     source = source.part(part)
     if output == "-":
         if listing is not None and stdout_is_terminal():
@@ -57,7 +66,7 @@ def run_filter(
     with OutputDirectory(output, command, settings, overwrite, _named(part)) as out:
         if source.is_stdin:
             return _write_all(stage(source.samples()), out.path)
-        return _map_shards(source.shards(), stage, out.path)
+        return _map_shards(source, stage, out.path)
 
 
 def run_reduction(
@@ -67,15 +76,22 @@ def run_reduction(
     settings: dict[str, Any],
     overwrite: bool = False,
     listing: Listing | None = None,
+    drain: bool = False,
 ) -> int:
-    """Write samples that depend on all of the input (`pairs`): nothing appears before the end."""
+    """Write samples that depend on all of the input (`pairs`): nothing appears before the end.
+
+    A run that was done already reads its input all the same if `drain`: an upstream wants to end.
+    """
+    one_process()
     if output == "-":
         if listing is not None and stdout_is_terminal():
             return _list(samples, listing)
         refuse_terminal(output)
         return write_tar(_stopping(samples), claim_stdout())
     with OutputDirectory(output, command, settings, overwrite) as out:
-        if list(out.path.glob("*.tar")):
+        made = list(out.path.glob("*.tar"))
+        if made and all(map(is_as_written, made)) and not (out.path / INCOMING).exists():
+            deque(samples if drain else (), maxlen=0)
             return 0
         return _write_all(samples, out.path)
 
@@ -92,6 +108,8 @@ def run_source(
     facts: Callable[[], dict[str, Any]] = dict,
 ) -> int:
     """Make the samples of `plan`, shard by shard; whole shards already there are kept."""
+    if part is None:
+        one_process(SHARE)
     shards = [list(plan[i : i + shard_size]) for i in range(0, len(plan), shard_size)]
     index, count = parse_part(part) if part else (0, 1)
     mine = list(enumerate(shards))[index::count]
@@ -103,20 +121,16 @@ def run_source(
         total = 0
         for number, shard in mine:
             path = out.path / f"{number:05d}.tar"
-            if not is_whole(path):
-                total += write_shard(path, draw(shard), facts)
-                signals.check()
+            if is_as_written(path):
+                clear_leftovers(path)
+            else:
+                total += resume_shard(path, lambda n, items=shard: draw(items[n:]), facts)  # type: ignore[misc]
         return total
 
 
 def plan_items(classes: int, per_class: int, start: int = 0) -> list[Item]:
     """Image-major: every class's image `start`, then every class's next, and so on."""
     return [(c, i) for i in range(start, start + per_class) for c in range(classes)]
-
-
-def is_whole(shard: Path) -> bool:
-    """True if the shard and its statistics, which are written last, are there."""
-    return shard.exists() and stats_path(shard).exists()
 
 
 def _named(part: str | None) -> str | None:
@@ -130,7 +144,8 @@ def _stopping(samples: Iterable[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def _map_shards(shards: list[Path], stage: Stage, directory: Path) -> int:
+def _map_shards(source: Source, stage: Stage, directory: Path) -> int:
+    shards = source.shards()
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -138,8 +153,8 @@ def _map_shards(shards: list[Path], stage: Stage, directory: Path) -> int:
     total = 0
     for shard in shards:
         path = directory / Path(shard.name).with_suffix(".tar")
-        if not is_whole(path):
-            total += write_shard(path, stage(read_path(shard)))
+        if not is_as_written(path):
+            total += write_shard(path, stage(source.read(shard)))
             signals.check()
     return total
 
@@ -149,21 +164,28 @@ def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 100
     staged: list[Path] = []
     total = 0
     iterator = iter(_stopping(samples))
-    staging = directory / ".incoming"
+    staging = directory / INCOMING
     staging.mkdir(exist_ok=True)
     try:
         for first in iterator:
             path = staging / f"{len(staged):05d}.tar"
             total += write_shard(path, _take(first, iterator, shard_size))
             staged.append(path)
-        for path in staged:
-            stats_path(path).replace(stats_path(directory / path.name))
-            path.replace(directory / path.name)
+        _publish(staged, directory)
     finally:
         for path in staging.iterdir():
             path.unlink()
         staging.rmdir()
     return total
+
+
+def _publish(staged: list[Path], directory: Path) -> None:
+    """All of them, or (after a kill) some, and the staging directory is still there."""
+    with signals.deferred():
+        for path in staged:
+            stats_path(path).replace(stats_path(directory / path.name))
+            path.replace(directory / path.name)
+        sync_directory(directory)
 
 
 def _take(first: Sample, rest: Iterator[Sample], count: int) -> Iterator[Sample]:
@@ -185,9 +207,7 @@ def _list(samples: Iterable[Sample], listing: Listing) -> int:
 
 
 def _cell(value: object) -> str:
-    from ..runtime.errors import printable
-
-    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value), CELL)
 
 
 def report(summary: dict[str, Any], as_json: bool, line: str, to_stdout: bool = False) -> None:
@@ -198,4 +218,4 @@ def report(summary: dict[str, Any], as_json: bool, line: str, to_stdout: bool = 
     elif as_json:
         sys.stderr.write(encode_json(summary).decode())
     elif line:
-        print(f"utilgen: {line}", file=sys.stderr)
+        print(f"utilgen: {printable(line)}", file=sys.stderr)

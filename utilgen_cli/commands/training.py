@@ -15,9 +15,11 @@ import typer
 from ..runtime.errors import UsageError
 from ..shards.operands import Source, open_source
 from ..shards.sample import Sample
+from .quarantining import tell
 
 if TYPE_CHECKING:
     from ..diffusion.finetune_config import FinetuneConfig
+    from ..shards.quarantine import Quarantine
 
 Rank = Annotated[int, typer.Option("--rank", min=1, help="Rank of the LoRA adapter.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")]
@@ -80,6 +82,7 @@ def train_command(
     precision: str | None,
     overwrite: bool,
     quiet: bool,
+    aside: Quarantine,
 ) -> dict[str, Any]:
     """Open the input, run `train` in the output directory unless it is done, return its summary.
 
@@ -89,10 +92,11 @@ def train_command(
     from ..runtime.progress import reporter
 
     where = pick_device(own_device(device))
-    source = open_source(shards)
+    source = open_source(shards, aside)
     name, samples = model_of(model, source)
     config = make_config(name)
-    settings = {**asdict(config), "input": [str(path) for path in source.paths]}
+    settings = {**asdict(config), "input": [str(path) for path in source.paths],
+                **aside.settings()}  # fmt: skip
     work = {"device": where, "dtype": pick_dtype(precision, where), "progress": reporter(quiet)}
     summary = _in_directory(
         output,
@@ -104,7 +108,8 @@ def train_command(
     )
     if source.is_stdin:
         deque(samples, maxlen=0)  # a run that was done already lets its upstream end as well
-    return summary
+    tell(aside, command)
+    return summary | aside.summary()
 
 
 def _in_directory(

@@ -11,6 +11,7 @@ from .options import (
     Device,
     Json,
     ModelOutput,
+    OnError,
     Overwrite,
     Part,
     Quiet,
@@ -36,7 +37,7 @@ def train(
         typer.Option("--val", help="More real shards; may repeat. Default: --real alone."),
     ] = None,
     arch: Annotated[
-        str, typer.Option(help="small-cnn, a timm name, or open_clip:NAME-or-directory.")
+        str, typer.Option(help="small-cnn, a timm name, open_clip:NAME-or-DIR, open_clip-lora:...")
     ] = "small-cnn",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from timm's weights.")
@@ -44,10 +45,10 @@ def train(
     size: Annotated[
         int | None, typer.Option(min=8, help="Pixels a side. Default: the images', at most 224.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=10, help="Steps of each classifier.")] = 300,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each classifier.")] = 400,
     folds: Annotated[
         int, typer.Option(min=1, help="Classifiers, each without its fold; 1: in-sample losses.")
-    ] = 3,
+    ] = 5,
     snapshots: Annotated[
         int, typer.Option(min=1, max=100, help="Points of the trajectory to average over.")
     ] = 3,
@@ -63,6 +64,7 @@ def train(
     seed: Seed = 0,
     device: Device = None,
     smoke: Smoke = False,
+    on_error: OnError = "stop",
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -79,6 +81,7 @@ def train(
     from ..runtime.device import pick_device
     from ..runtime.progress import reporter
     from ..valuation.todv import ValueConfig
+    from .quarantining import quarantine_of, tell
     from .training import finish
     from .valuing import smoke_config, train_into, train_lines
 
@@ -87,11 +90,13 @@ def train(
         meta_gradient=meta_gradient, meta_every=meta_every, weight_lr=weight_lr,
     )  # fmt: skip
     config = smoke_config(config) if smoke else config
+    aside = quarantine_of(on_error)
     facts = train_into(
         output, config, {"real": real, "synthetic": synthetic or [], "val": val or []}, size,
-        seed, pick_device(device), overwrite, reporter(quiet),
+        seed, pick_device(device), overwrite, reporter(quiet), aside,
     )  # fmt: skip
-    finish(output, facts, as_json, quiet, train_lines(facts))
+    tell(aside, "value train")
+    finish(output, facts | aside.summary(), as_json, quiet, train_lines(facts))
 
 
 def score(
@@ -113,10 +118,14 @@ def score(
     val: Annotated[
         list[str] | None, typer.Option("--val", help="Validation shards, for --lookahead.")
     ] = None,
+    passes: Annotated[
+        int, typer.Option(min=1, help="Classifiers asked per sample; 2 or more may disagree.")
+    ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
     part: Part = None,
     device: Device = None,
     force: Force = False,
+    on_error: OnError = "stop",
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -132,14 +141,17 @@ def score(
     from ..runtime.progress import reporter
     from ..valuation.score import Scorer
     from ..valuation.value_model import load_value
+    from .quarantining import quarantine_of, tell
     from .valuing import LISTING, ScoreRequest, run_scoring, score_lines, warn
 
     request = ScoreRequest(
-        output, method, select, lookahead, real or [], val or [], overwrite, part
-    )
+        output, method, select, lookahead, real or [], val or [], overwrite, part,
+        quarantine_of(on_error),
+    )  # fmt: skip
     request.check()
     model = load_value(value, pick_device(device), force)
     warn(model.warning(), quiet)
-    scorer = Scorer(model, method, batch_size, reporter(quiet))
+    scorer = Scorer(model, method, batch_size, reporter(quiet), passes)
     summary = run_scoring(shards, value, scorer, request, LISTING)
+    tell(request.aside, "value score")
     score_lines(summary, as_json, quiet)

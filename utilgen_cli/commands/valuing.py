@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import UsageError
+from ..runtime.errors import UsageError, printable
 from ..runtime.progress import Progress
-from ..shards.operands import Source, open_source
+from ..shards.operands import open_source
 from ..shards.sample import Sample
 from .streams import Listing, report, run_filter, run_reduction
 
 if TYPE_CHECKING:
+    from ..shards.quarantine import Quarantine
     from ..valuation.score import Scorer
     from ..valuation.todv import ValueConfig
 
@@ -41,7 +42,7 @@ def smoke_config(config: ValueConfig) -> ValueConfig:
 
 def train_into(
     output: Path, config: ValueConfig, inputs: dict[str, list[str]], size: int | None, seed: int,
-    device: Any, overwrite: bool, progress: Progress,
+    device: Any, overwrite: bool, progress: Progress, aside: Quarantine,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in the output directory, unless that is done; what value.json says."""
     from ..runtime.output import OutputDirectory
@@ -56,12 +57,12 @@ def train_into(
     for names in inputs.values():
         for name in names:
             _refuse_pipe(name)
-    settings = {**config.facts(), **inputs, "seed": seed, "size": size}
+    settings = {**config.facts(), **inputs, "seed": seed, "size": size, **aside.settings()}
     with OutputDirectory(output, "value train", settings, overwrite) as out:
         if out.is_done(VALUE_JSON):
             return read_facts(out.path)
         data = load_value_data(
-            inputs["real"], inputs["synthetic"], inputs["val"], config.arch, size, progress
+            inputs["real"], inputs["synthetic"], inputs["val"], config.arch, size, progress, aside
         )
         model = train_values(data, config, out.path, seed=seed, device=device, progress=progress)
         return model.facts
@@ -99,6 +100,7 @@ class ScoreRequest:
     val: list[str]
     overwrite: bool
     part: str | None
+    aside: Quarantine
 
     def check(self) -> None:
         """UsageError for options that do not go together, before any work."""
@@ -122,11 +124,12 @@ def run_scoring(
     """Score, and pick if asked to; the summary."""
     from ..valuation.subset import Aside, select_samples
 
-    source = open_source(list(shards) if shards else None)
+    source = open_source(list(shards) if shards else None, request.aside)
     aside = Aside(scorer.value.classes, scorer.value.size)
     settings = {
         "value": fingerprint(value), "method": request.method, "select": request.select,
-        "input": [str(path) for path in source.paths],
+        "passes": scorer.passes,
+        "input": [str(path) for path in source.paths], **request.aside.settings(),
     }  # fmt: skip
     if request.select:
         samples = aside.watch(source.samples()) if request.lookahead else source.samples()
@@ -136,10 +139,14 @@ def run_scoring(
         run_filter(source, lambda s: scorer(aside.watch(s) if request.lookahead else s),
                    request.output, "value score", settings, request.overwrite, listing,
                    request.part)  # fmt: skip
-    summary = scorer.summary()
+    summary = scorer.summary() | request.aside.summary()
     if request.lookahead and aside.heap:
         summary["lookahead"] = value_of_set(scorer, aside, request)
     return summary
+
+
+def _figure(value: object) -> str:
+    return "-" if value is None else str(value)
 
 
 def value_of_set(scorer: Scorer, aside: Any, request: ScoreRequest) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def value_of_set(scorer: Scorer, aside: Any, request: ScoreRequest) -> dict[str,
 
     classes, size = scorer.value.classes, scorer.value.size
     real, val = (
-        concatenate([load_images(Source(open_source([n]).paths), size, classes) for n in names])
+        concatenate([load_images(open_source([n], request.aside), size, classes) for n in names])
         for names in (request.real, request.val)
     )
     found = lookahead(scorer.value, real, aside.images(), val, progress=scorer.progress)
@@ -169,7 +176,7 @@ def fingerprint(value: Path) -> str:
 def warn(line: str | None, quiet: bool) -> None:
     """A warning on stderr."""
     if line and not quiet:
-        print(f"utilgen: value score: warning: {line}", file=sys.stderr)
+        report({}, False, f"value score: warning: {line}")
 
 
 def score_lines(summary: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -179,12 +186,16 @@ def score_lines(summary: dict[str, Any], as_json: bool, quiet: bool) -> None:
         return
     if quiet or not summary["all"]["samples"]:
         return
-    rows = {**summary["classes"], "all": summary["all"]}
+    classes = {printable(name, 40): row for name, row in summary["classes"].items()}
+    rows = {**classes, "all": summary["all"]}
     columns = ("samples", "utility", "loss", "agreement", "duplicates", "disagreement")
     width = max(5, *(len(name) for name in rows))
     print("  ".join([f"{'class':<{width}}", *(f"{c:>12}" for c in columns)]), file=sys.stderr)
     for name, row in rows.items():
-        print("  ".join([f"{name:<{width}}", *(f"{row[c]:>12}" for c in columns)]), file=sys.stderr)
+        print(
+            "  ".join([f"{name:<{width}}", *(f"{_figure(row[c]):>12}" for c in columns)]),
+            file=sys.stderr,
+        )
     if "lookahead" in summary:
         found = summary["lookahead"]
         losses = f"{found['loss_without']:.4f} -> {found['loss_with']:.4f}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Quiet, Shards, Verbose
+from .options import OnError, Quiet, Shards, Verbose
 
 
 def view(
@@ -20,6 +20,7 @@ def view(
         bool, typer.Option("--lowest", help="Lowest utility first, not highest.")
     ] = False,
     title: Annotated[str | None, typer.Option(help="Heading. Default: what is shown.")] = None,
+    on_error: OnError = "stop",
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -32,14 +33,18 @@ def view(
     from ..runtime.files import write_atomic
     from ..runtime.stdout import say
     from ..shards.operands import open_source
+    from ..shards.quarantine import check_any
+    from .quarantining import quarantine_of, tell
 
     if output.suffix not in (".html", ".png"):
         raise UsageError(f"-o {output}", "neither a page nor a picture", "End it in .html or .png.")
-    source = open_source(shards)
+    aside = quarantine_of(on_error, check_any)
+    source = open_source(shards, aside)
     if output.suffix == ".png":
         data = view_png(source.samples(), limit, lowest)
     else:
         named = title or ", ".join(shards or ["standard input"])
         data = view_page(source.samples(), named, limit, lowest).encode()
+    tell(aside, "view")
     write_atomic(output, data)
     say(str(output))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..runtime.errors import printable
 from ..shards.images import decode_rgb, encode_image
 from ..shards.sample import IMAGE_TYPES, Sample
 from .html import Markup, join, tag
@@ -44,7 +45,7 @@ class ClassSheet:
 
 def class_name(sample: Sample) -> str:
     """The name of a sample's class (its label where no name is known)."""
-    return str(sample.facts.get("class_name", sample.label))
+    return printable(str(sample.facts.get("class_name", sample.label)), 120)
 
 
 def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:

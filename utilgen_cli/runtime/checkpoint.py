@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from . import signals
 from .errors import UtilgenError
 from .files import write_atomic, write_json  # noqa: F401  (one room for saving)
 
@@ -19,9 +20,21 @@ from .files import write_atomic, write_json  # noqa: F401  (one room for saving)
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous."""
+    """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous.
+
+    UtilgenError: a float tensor is not finite, and would poison whatever is made with it.
+    """
+    refuse_non_finite(path.name, tensors)
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_atomic(path, save(plain, metadata))
+
+
+def refuse_non_finite(what: str, tensors: dict[str, Tensor]) -> None:
+    """UtilgenError if a float tensor holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            advice = "Lower the learning rate, or look at the input, then run again."
+            raise UtilgenError(what, f"{name} is not finite", advice)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -29,16 +42,13 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
 
     A non-finite float tensor is refused: a NaN must never be what a run resumes from.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UtilgenError(
-                "checkpoint", f"{name} is not finite", "Lower the learning rate, then run again."
-            )
+    refuse_non_finite("checkpoint", tensors)
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    body = save(plain, {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
-    if path.exists():
-        path.replace(previous(path))
-    write_atomic(path, body + hashlib.sha256(body).digest())
+    with signals.saving():
+        body = save(plain, {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
+        if path.exists():
+            path.replace(previous(path))
+        write_atomic(path, body + hashlib.sha256(body).digest())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

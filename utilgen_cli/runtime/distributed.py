@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def world() -> tuple[int, int]:
-    """(rank, world size) as torchrun or accelerate set them, else (0, 1). SLURM_* is not read."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from .ranks import world as world
 
 
 def init() -> tuple[int, int]:

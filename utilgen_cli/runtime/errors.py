@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+LONGEST = 2000  # characters of a line for people
+
 
 class ExitCode(IntEnum):
     """Exit codes of every command (sysexits.h where it has one)."""
@@ -32,8 +34,8 @@ class UtilgenError(Exception):
             self.exit_code = exit_code
 
     def __str__(self) -> str:
-        line = f"{self.what}: {self.why.rstrip('.')}."
-        return printable(f"{line} {self.what_to_do}".strip())
+        line = f"{printable(self.what)}: {printable(self.why).rstrip('.')}."
+        return f"{line} {printable(self.what_to_do)}".strip()
 
 
 class UsageError(UtilgenError):
@@ -60,6 +62,11 @@ class Stopped(UtilgenError):
     exit_code = ExitCode.STOPPED
 
 
-def printable(text: str) -> str:
-    """One terminal-safe line: control characters are escaped, so that no name can run anything."""
+def printable(text: str, longest: int = LONGEST) -> str:
+    """One terminal-safe line: control characters are escaped, so that no name can run anything.
+
+    Beyond `longest` characters it is cut.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

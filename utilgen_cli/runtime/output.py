@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +34,12 @@ class OutputDirectory:
         part: str | None = None,
     ) -> None:
         """`part` (`I/N`) lets processes with other parts write beside this one."""
+        if overwrite and part is not None:
+            raise UsageError(
+                "--overwrite",
+                "would remove what the other parts wrote",
+                "Remove the directory yourself, or leave --part out.",
+            )
         self.path = Path(path)
         self.command, self.overwrite, self.part = command, overwrite, part
         self.settings = {"command": command, **json.loads(json.dumps(settings, default=str))}
@@ -53,14 +61,27 @@ class OutputDirectory:
         except FileExistsError:
             raise UsageError(str(self.path), "is a file", "Name a directory with -o.") from None
         try:
-            self._refuse_foreign()
-            if self.overwrite:
-                self._empty()
-            self._compare()
+            with self._alone():
+                self._refuse_foreign()
+                if self.overwrite:
+                    self._empty()
+                if self.part is None:
+                    self._clear_leftovers()
+                self._compare()
         except BaseException:
             self._release()
             raise
         return self
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Parts that start in the same moment take turns here."""
+        descriptor = os.open(self.path / ".lock-settings", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def __exit__(
         self,
@@ -99,13 +120,20 @@ class OutputDirectory:
             if not entry.name.startswith(".lock"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
+    def _clear_leftovers(self) -> None:
+        """Remove the temporary files of a run that was killed; what it finished stays."""
+        for directory, folders, names in os.walk(self.path):
+            folders[:] = [f for f in folders if not Path(directory, f, ".lock").exists()]
+            for name in names:
+                if name.endswith(".tmp") and (name[0] == "." or name.endswith(".tar.tmp")):
+                    Path(directory, name).unlink()
+
     def _refuse_foreign(self) -> None:
         """Never mix with, or empty, a directory that utilgen did not make."""
         if (self.path / SETTINGS).exists():
             return
-        others = sorted(
-            entry.name for entry in self.path.iterdir() if not entry.name.startswith(".lock")
-        )
+        own = (".lock", f".{SETTINGS}.tmp")
+        others = sorted(e.name for e in self.path.iterdir() if not e.name.startswith(own))
         if others:
             raise UsageError(
                 str(self.path),

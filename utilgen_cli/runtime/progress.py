@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from .errors import printable
+
 LINE_EVERY = 30.0  # seconds
 
 
@@ -42,7 +44,7 @@ def reporter(quiet: bool) -> Progress:
 def show(figures: dict[str, float | str]) -> str:
     """`loss=0.123 accuracy=0.9`."""
     return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={printable(str(value), 80)}"
         for name, value in figures.items()
     )
 

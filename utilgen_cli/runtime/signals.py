@@ -1,33 +1,130 @@
-"""TERM, USR1 and USR2 ask for a clean stop; the work asks `check()` where it is safe to leave."""
+"""INT, TERM, USR1 and USR2 end a run cleanly: at once, or where work is being kept, when it is.
+
+A signal raises where it meets the run (files appear whole or not at all, so any place will do),
+except inside `deferred()`: there the work looks at `stop_requested()`, saves, and calls `check()`.
+A second signal leaves at once, and so does the end of the grace time, whatever the run is doing:
+what was saved last is whole.
+"""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-from .errors import Stopped
+from .errors import ExitCode, Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+NUMBERS = (signal.SIGINT, *STOP_SIGNALS)
+GRACE = 8.0  # seconds from the first signal to the end of the process
+BURST = 0.3  # seconds in which several signals count as one: launchers pass on what a group got
 _received: list[int] = []
+_command: list[str] = []
+_deferrals: list[None] = []
+_saving: list[None] = []
+
+
+class Interrupted(BaseException):
+    """Raised where a stop signal met the run: no `except Exception` of a library holds it up."""
 
 
 def install() -> None:
-    """Remember a stop signal instead of dying of it."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _remember)
+    """Take over the signals."""
+    for number in NUMBERS:
+        signal.signal(number, _on_signal)
 
 
-def _remember(number: int, frame: FrameType | None) -> None:
+def ignore() -> None:
+    """All is done: a signal can stop nothing any more, and must not change the exit code."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def watch() -> None:
+    """Keep the promise on time, also while the main thread is inside a long native call."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def _watch(descriptor: int) -> None:
+    first = None
+    while True:
+        wait = None if first is None else max(0.1, first + GRACE - time.monotonic())
+        if select.select([descriptor], [], [], wait)[0]:
+            number = os.read(descriptor, 1)[0]
+            if first is None and number in NUMBERS:
+                first = time.monotonic()
+            elif first is not None and time.monotonic() - first > BURST:
+                leave(number, "left at once")
+        elif not _saving:
+            leave(number, "left in the middle of a long step")
+
+
+def leave(number: int, how: str) -> None:
+    """End the process now, as a kill would."""
+    name = ": ".join(["utilgen", *_command, signal.Signals(number).name])
+    advice = "What was saved last is whole. Run the same command again to go on."
+    os.write(2, f"{name}: {how}. {advice}\n".encode())
+    os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
     _received.append(number)
+    if not _command:
+        leave(number, "nothing was under way")
+    if not _deferrals and len(_received) == 1:
+        raise Interrupted
+
+
+@contextmanager
+def running(command: str) -> Iterator[None]:
+    """While `command` runs; a signal becomes KeyboardInterrupt (INT) or `Stopped`."""
+    _command.append(command)
+    try:
+        yield
+    except Interrupted:
+        check()
+    finally:
+        _command.remove(command)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a signal waits until the work calls `check()`."""
+    _deferrals.append(None)
+    try:
+        yield
+    finally:
+        _deferrals.pop()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Inside, the end of the grace time waits for the file that is being written."""
+    _saving.append(None)
+    try:
+        yield
+    finally:
+        _saving.pop()
 
 
 def stop_requested() -> bool:
-    """True once TERM, USR1 or USR2 arrived."""
+    """True once one of the signals arrived."""
     return bool(_received)
 
 
 def check() -> None:
-    """Raise `Stopped` if a stop was asked for. Call it only where the state is saved."""
+    """Raise `Stopped`, or KeyboardInterrupt for INT, if a stop was asked for. Call it where what
+    is to be kept is saved."""
+    if signal.SIGINT in _received:
+        raise KeyboardInterrupt
     if _received:
         name = signal.Signals(_received[-1]).name
         raise Stopped(name, "stopped with its state saved", "Run the same command again to go on.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..runtime.errors import BadInput, NoInput
 from .images import decode_rgb, encode_image
+from .quarantine import Quarantine
 from .sample import IMAGE_TYPES, Sample, encode_json, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
@@ -68,15 +69,34 @@ def _from_csv(path: Path) -> dict[str, list[Path]]:
     return named
 
 
+def readable(
+    images: list[tuple[int, Labelled]], quarantine: Quarantine
+) -> list[tuple[int, Labelled]]:
+    """The images that can be decoded; all of them where the first bad one is to be the error."""
+    if not quarantine.skip:
+        return images
+    kept = []
+    for number, (label, path) in images:
+        for _ in quarantine.screen([_as_it_is(number, label, path)]):
+            kept.append((number, (label, path)))
+    return kept
+
+
+def _as_it_is(number: int, label: int, path: Path) -> Sample:
+    kind = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
+    members = {kind: path.read_bytes(), "cls": str(label).encode()}
+    return Sample(numbered_key(label, number), members, str(path))
+
+
 def pack_images(
     images: Iterable[tuple[int, Labelled]], classes: list[str], size: int | None
 ) -> Iterator[Sample]:
     """A sample an image; with `size` re-encoded as a PNG of that side, else byte for byte."""
     for number, (label, path) in images:
-        kind = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
-        sample = Sample(numbered_key(label, number), {kind: path.read_bytes()}, str(path))
+        sample = _as_it_is(number, label, path)
         rgb = decode_rgb(sample, size)  # a broken image is found here, not hours later
         if size is not None:
-            sample = Sample(sample.key, {"png": encode_image(rgb)}, str(path))
+            members = {"png": encode_image(rgb), "cls": sample.members["cls"]}
+            sample = Sample(sample.key, members, str(path))
         facts = {"class_name": classes[label], "file": path.name, "source": "pack"}
-        yield sample.with_member("cls", str(label).encode()).with_member("json", encode_json(facts))
+        yield sample.with_member("json", encode_json(facts))

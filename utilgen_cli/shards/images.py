@@ -4,33 +4,98 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .sample import Sample
+from .sample import IMAGE_TYPES, BadSample, Sample
 
 MAX_PIXELS = 64_000_000
+MAX_ASPECT = 16
+FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of PIL's is ever asked
+STILL = ("MPO",)  # a photograph with a second picture behind it, as some cameras make them
 
 
 def decode_rgb(sample: Sample, size: int | None = None) -> np.ndarray:
     """The image of a sample as uint8 [H, W, 3]; with `size` as a centred square of that side.
 
-    BadInput: no image, broken bytes, or more than MAX_PIXELS (looked at before decoding).
+    CMYK, 16-bit, grey and transparent images are converted. BadSample: no image, broken bytes, an
+    animation, or more than MAX_PIXELS (looked at before decoding).
     """
-    kind, data = sample.image
+    return decode_member(sample, *sample.image, size)
+
+
+def decode_member(sample: Sample, kind: str, data: bytes, size: int | None = None) -> np.ndarray:
+    """`decode_rgb` of one image member, whose bytes are `data`."""
+    if not data:
+        raise sample.bad(f"its {kind} is empty", "empty image")
+    if data.startswith(PNG) and (why := png_damage(data)):
+        reason = "truncated image" if why == CUT else "corrupt image"
+        raise sample.bad(f"its {kind} is damaged: {why}", reason)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise sample.bad(f"its {kind} has {image.width} x {image.height} pixels")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_shape(sample, kind, image)
             if size is not None:
                 image.draft("RGB", (2 * size, 2 * size))
             rgb = to_rgb(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise sample.bad(f"its {kind} cannot be decoded") from None
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise sample.bad(f"its {kind} has too many pixels", "too many pixels") from None
+    except Exception as error:  # PIL raises whatever the bytes make it stumble on
+        cut = "truncated" in str(error).lower()
+        reason = "truncated image" if cut else "corrupt image"
+        raise sample.bad(f"its {kind} is {'cut off' if cut else 'not decodable'}", reason) from None
     return np.asarray(rgb if size is None else square(rgb, size))
+
+
+def check_images(sample: Sample) -> None:
+    """BadSample unless every image member (`png`, `win.png`, `jpg_0`, ...) can be decoded."""
+    for name, data in sample.members.items():
+        kind = name.rpartition(".")[2].partition("_")[0]
+        if kind in IMAGE_TYPES:
+            decode_member(sample, name, data)
+
+
+def _check_shape(sample: Sample, kind: str, image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        why = f"its {kind} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
+        raise sample.bad(why, "too many pixels")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in STILL:
+        raise sample.bad(f"its {kind} is an animation of {frames} frames", "animation")
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+CUT = "it is cut off"
+
+
+def png_damage(data: bytes) -> str | None:
+    """What is wrong with the chunks of a PNG (their CRCs, the end chunk), or None.
+
+    PIL skips some of these sums, and a flipped bit would become a wrong picture.
+    """
+    view, at = memoryview(data), len(PNG)
+    while at + 12 <= len(view):
+        length = _int(view, at)
+        end = at + 8 + length
+        if end + 4 > len(view):
+            break
+        if view[at + 4 : at + 8] == b"IHDR" and 0 in (_int(view, at + 8), _int(view, at + 12)):
+            return f"it has {_int(view, at + 8)} x {_int(view, at + 12)} pixels"
+        if zlib.crc32(view[at + 4 : end]) != _int(view, end):
+            return f"a chunk at its byte {at} does not match its sum"
+        if view[at + 4 : at + 8] == b"IEND":
+            return None
+        at = end + 4
+    return CUT
+
+
+def _int(view: memoryview, at: int) -> int:
+    return int.from_bytes(view[at : at + 4], "big")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -49,11 +114,22 @@ def square(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to `size` and cut out the centre."""
     if image.size == (size, size):
         return image
+    image = _without_far_ends(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """At most MAX_ASPECT : 1; else a line of pixels would be scaled up into gigabytes."""
+    longest = MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def encode_image(rgb: np.ndarray, format: str = "png") -> bytes:

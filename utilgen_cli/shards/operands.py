@@ -6,13 +6,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from ..runtime.errors import NoInput, UsageError
+from .quarantine import Quarantine
 from .reader import read_tar
 from .sample import Sample
+from .sums import Sums
 
 STDIN = Path("-")
 
@@ -22,6 +24,7 @@ class Source:
     """Shards in order. `samples()` reads them all; standard input can be read once only."""
 
     paths: tuple[Path, ...]
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
     @property
     def is_stdin(self) -> bool:
@@ -35,7 +38,11 @@ class Source:
     def samples(self) -> Iterator[Sample]:
         """All samples, shard after shard."""
         for path in self.paths:
-            yield from read_path(path)
+            yield from self.read(path)
+
+    def read(self, path: Path) -> Iterator[Sample]:
+        """The samples of one of the shards."""
+        return read_path(path, self.quarantine)
 
     def part(self, spec: str | None) -> Source:
         """Every N-th shard from the I-th on, for spec `I/N` (I from 0), `rank` or `slurm`."""
@@ -45,17 +52,19 @@ class Source:
         return replace(self, paths=self.paths[index::count])
 
 
-def read_path(path: Path) -> Iterator[Sample]:
-    """The samples of one shard file, or of standard input for `-`."""
+def read_path(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
+    """The samples of one shard file, checked by its statistics; or of standard input for `-`."""
+    quarantine = quarantine or Quarantine()
     if path == STDIN:
-        yield from read_tar(_stdin(), "standard input")
+        yield from quarantine.screen(read_tar(_stdin(), "standard input"))
         return
     try:
         file = path.open("rb")
     except OSError as error:
         raise NoInput(str(path), error.strerror or "cannot be read", "Check its rights.") from None
     with file:
-        yield from read_tar(file, str(path))
+        samples = read_tar(file, str(path), Sums.of(path), quarantine.reject)
+        yield from quarantine.screen(samples)
 
 
 def _stdin() -> BinaryIO:
@@ -64,22 +73,23 @@ def _stdin() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def open_source(operands: Sequence[str] | None) -> Source:
+def open_source(operands: Sequence[str] | None, quarantine: Quarantine | None = None) -> Source:
     """The source that the operands name; without operands a piped standard input.
 
     NoInput: a named file or directory is missing or empty. UsageError: nothing named, no pipe.
     """
+    quarantine = quarantine or Quarantine()
     if not operands:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("SHARDS", "none named and nothing piped in", "Name shards, or pipe.")
-        return Source((STDIN,))
+        return Source((STDIN,), quarantine)
     if "-" in operands and len(operands) > 1:
         raise UsageError("SHARDS", "`-` stands for standard input alone", "Name it by itself.")
     paths: list[Path] = []
     for operand in operands:
         for name in expand_braces(operand):
             paths += _expand(name)
-    return Source(tuple(paths))
+    return Source(tuple(paths), quarantine)
 
 
 def _expand(name: str) -> list[Path]:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from ..runtime.errors import BadInput
 from ..runtime.files import encode_json
 
-__all__ = ["IMAGE_TYPES", "Sample", "check_key", "encode_json", "numbered_key"]
+__all__ = ["IMAGE_TYPES", "BadSample", "Sample", "check_key", "encode_json", "numbered_key"]
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_/-]*")
+TEXTS = {"prompt": (str, NoneType), "model": (str, NoneType), "class_name": (str, int, NoneType)}
+REMEDY = "Repair or remove it, then run again."
 MAX_KEY = 80  # bytes: key and member name then fit a plain ustar header
 
 
 def numbered_key(class_index: int, number: int) -> str:
     """The key of image `number` of a class."""
     return f"{class_index:04d}-{number:06d}"
+
+
+class BadSample(BadInput):
+    """One sample is bad in a stream that is whole; `reason` is what samples are counted by."""
+
+    reason = "unreadable"
 
 
 @dataclass(slots=True)
@@ -37,8 +46,8 @@ class Sample:
     def parsed(self, name: str) -> dict[str, Any]:
         """Member `name` as a JSON object; BadInput if it is missing or no object."""
         try:
-            value = json.loads(self._member(name))
-        except ValueError:
+            value = json.loads(self._member(name), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
             raise self.bad(f"its {name} member is not JSON") from None
         if not isinstance(value, dict):
             raise self.bad(f"its {name} member is not a JSON object")
@@ -47,7 +56,13 @@ class Sample:
     @property
     def facts(self) -> dict[str, Any]:
         """The `json` member ({} where there is none)."""
-        return self.parsed("json") if "json" in self.members else {}
+        if "json" not in self.members:
+            return {}
+        facts = self.parsed("json")
+        for name, kinds in TEXTS.items():
+            if not isinstance(facts.get(name), kinds):
+                raise self.bad(f"the {name} in its json is no text")
+        return facts
 
     @property
     def label(self) -> int:
@@ -63,17 +78,23 @@ class Sample:
         for name in IMAGE_TYPES:
             if name in self.members:
                 return name, self.members[name]
-        raise self.bad(f"it has no image member ({', '.join(IMAGE_TYPES)})")
+        raise self.bad(f"it has no image member ({', '.join(IMAGE_TYPES)})", "no image")
 
     def _member(self, name: str) -> bytes:
         if name not in self.members:
             raise self.bad(f"it has no {name} member")
         return self.members[name]
 
-    def bad(self, why: str) -> BadInput:
+    def bad(self, why: str, reason: str = BadSample.reason) -> BadSample:
         """The error that says what is wrong with this sample and where it stands."""
         where = f"{self.origin}: " if self.origin else ""
-        return BadInput(f"{where}sample {self.key}", why, "Repair or remove it, then run again.")
+        error = BadSample(f"{where}sample {self.key}", why, REMEDY)
+        error.reason = reason
+        return error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def check_key(key: str) -> str:

@@ -14,6 +14,7 @@ from .. import __version__
 from ..runtime.files import sync_directory, write_json
 from .reader import BLOCK
 from .sample import Sample, check_key
+from .sums import stats_path
 
 RECORD = 20 * BLOCK
 END_MARK = bytes(2 * BLOCK)
@@ -21,10 +22,28 @@ END_MARK = bytes(2 * BLOCK)
 
 def tar_member(name: str, data: bytes) -> bytes:
     """A ustar header with nothing of the machine in it, the data, and padding to a block."""
+    return b"".join((tar_header(name, len(data)), data, bytes(-len(data) % BLOCK)))
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The bytes that tarfile writes, by filling in name, size and sum: a tenth of its time."""
+    field = name.encode("ascii")
+    if len(field) >= 100 or size >= 8**11:
+        return _tarfile_header(name, size)
+    digits = b"%011o" % size
+    total = EMPTY_SUM + sum(field) + sum(digits) - 11 * ord("0")
+    head = (field.ljust(100, b"\0"), EMPTY[100:124], digits, EMPTY[135:148], b"%06o" % total)
+    return b"".join((*head, EMPTY[154:]))
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o644
-    header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-    return b"".join((header, data, bytes(-len(data) % BLOCK)))
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+EMPTY = _tarfile_header("", 0)
+EMPTY_SUM = int(EMPTY[148:154], 8)
 
 
 def sample_bytes(sample: Sample) -> bytes:
@@ -50,14 +69,14 @@ def write_tar(
         file.write(data)
         size += len(data)
         count += 1
-    file.write(END_MARK + bytes(-(size + len(END_MARK)) % RECORD))
+    file.write(end_of_tar(size))
     file.flush()
     return count
 
 
-def stats_path(shard: Path) -> Path:
-    """Where the statistics of SHARD.tar lie: SHARD_stats.json beside it."""
-    return shard.with_name(f"{shard.stem}_stats.json")
+def end_of_tar(size: int) -> bytes:
+    """The end mark after `size` bytes of samples, and zeros up to a record."""
+    return END_MARK + bytes(-(size + len(END_MARK)) % RECORD)
 
 
 def write_shard(
@@ -82,18 +101,23 @@ def write_shard(
         temporary.unlink(missing_ok=True)
         raise
     temporary.replace(path)
-    sync_directory(path.parent)
-    stats = {
+    counted = {
         "samples": count,
         "bytes": file.size,
         "sha256": file.hash.hexdigest(),
         "sample_sha256": digests,
-        "seconds": round(time.monotonic() - start, 3),
-        "utilgen": __version__,
-        **facts(),
     }
-    write_json(stats_path(path), stats)
+    write_stats(path, time.monotonic() - start, counted, facts())
     return count
+
+
+def write_stats(
+    shard: Path, seconds: float, counted: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Make the renamed shard durable, then write what marks it as whole: its statistics."""
+    sync_directory(shard.parent)
+    about = {"seconds": round(seconds, 3), "utilgen": __version__}
+    write_json(stats_path(shard), {**counted, **about, **facts})
 
 
 class _Hashing:
