@@ -131,11 +131,11 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     signals._received.clear()
     assert len(trained) == 4
     whole = compare_arms(inputs, PROTOCOL, tmp_path / "runs")
-    assert len(trained) == 10
+    assert len(trained) == 11  # the fourth was stopped at its first step, and went on
     nll = [[r["nll"] for r in arm["runs"]] for arm in whole.summary["arms"]]
     assert nll == [[r["nll"] for r in arm["runs"]] for arm in found.summary["arms"]]
     more = compare_arms(inputs, replace(PROTOCOL, seeds=3), tmp_path / "runs")
-    assert len(trained) == 15  # one more seed: five more runs
+    assert len(trained) == 16  # one more seed: five more runs
     assert len(more.summary["arms"][0]["runs"]) == 3
 
 

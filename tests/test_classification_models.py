@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from utilgen_cli.classification.clip import adapted_layers
 from utilgen_cli.classification.models import build_classifier, load_classifier, save_classifier
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
@@ -109,3 +110,36 @@ def test_a_clip_tower_stays_as_it_is_under_its_head(tmp_path: Path) -> None:
     save_classifier(tmp_path / "clip.safetensors", model)
     back = load_classifier(tmp_path / "clip.safetensors")
     torch.testing.assert_close(back(images), model.eval()(images))
+
+
+@pytest.mark.skipif(not CLIP.is_dir(), reason="the bundle is not here")
+def test_lora_starts_as_the_tower_and_trains_adapters_and_head_alone(tmp_path: Path) -> None:
+    model = build_classifier(f"open_clip-lora:{CLIP}", 4, 32, seed=1).train()
+    linear = build_classifier(f"open_clip:{CLIP}", 4, 32, seed=1).eval()
+    images = torch.rand(4, 3, 40, 40)
+    torch.testing.assert_close(model.features(images), linear.features(images))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves B only: A's gradient is zero while B is
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+        optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
+    assert moved == {k for k in before if "lora_" in k or k.startswith("head.")}
+    save_classifier(tmp_path / "lora.safetensors", model)
+    back = load_classifier(tmp_path / "lora.safetensors")
+    torch.testing.assert_close(back(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("tower", "count", "kind"), [("ViT-B-32", 24, "Linear"), ("RN50", 55, "Conv2d")]
+)
+def test_lora_leaves_out_layers_that_fused_attention_bypasses(tower, count, kind) -> None:
+    import open_clip
+
+    visual = open_clip.create_model(tower).visual
+    found = dict(visual.named_modules())
+    names = adapted_layers(visual)
+    assert len(names) == count
+    assert {type(found[name]).__name__ for name in names} == {kind}
+    assert not any("attn" in name for name in names)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +23,9 @@ from utilgen_cli.classification.train import (
     train_classifier,
     weighted_loss,
 )
-from utilgen_cli.runtime.errors import UsageError
+from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.errors import Stopped, UsageError
+from utilgen_cli.runtime.progress import silent
 
 from .classification_toys import colour_images
 
@@ -124,3 +132,49 @@ def test_presets_take_changes_and_refuse_unknown_names() -> None:
     assert preset("torchvision-v1", lr=None).lr == 0.1
     with pytest.raises(UsageError, match="--preset"):
         preset("best")
+
+
+def stop_after(steps: int, received: list[int]) -> Callable[..., Any]:
+    """A progress that sends TERM, as far as the library can see, after so many steps."""
+
+    @contextmanager
+    def progress(description: str, total: int | None = None) -> Iterator[Any]:
+        class Task:
+            def advance(self, n: int = 1, **figures: object) -> None:
+                self.done = getattr(self, "done", 0) + n
+                if self.done == steps:
+                    received.append(signal.SIGTERM)
+
+        yield Task()
+
+    return progress
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(steps=12, batch_size=12, validate_every=3)
+    checkpoint = tmp_path / "c.safetensors"
+    dropping = torch.nn.Dropout(0.5)  # its draws come from torch's own generator
+
+    def run(checkpoint: Path | None = None, progress: Any = silent) -> tuple[Any, Any]:
+        model = build_classifier("small-cnn", 3, 16, seed=1)
+        model.tower.append(dropping)
+        kwargs = {"mix": colour_images(5, seed=4), "validation": colour_images(6, seed=5)}
+        result = train_classifier(
+            model, colour_images(8), config, seed=1, checkpoint=checkpoint, progress=progress,
+            **kwargs,
+        )  # fmt: skip
+        return model.state_dict(), result
+
+    whole, expected = run()
+    received: list[int] = []
+    monkeypatch.setattr(signals, "_received", received)
+    with pytest.raises(Stopped):
+        run(checkpoint, stop_after(7, received))
+    received.clear()
+    torch.rand(3)  # whatever another process had drawn by now
+    resumed, result = run(checkpoint)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert (result.loss, result.history) == (expected.loss, expected.history)
+    assert result.selected_step == expected.selected_step

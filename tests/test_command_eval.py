@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from utilgen_cli.classification.team import Team
 from utilgen_cli.commands.evaluate_options import named, open_inputs, read_value
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
@@ -59,6 +60,29 @@ def test_a_stopped_evaluation_exits_75_and_goes_on(sets: list[str], tmp_path: Pa
     again = [*command[:-4], "--seeds", "1", "-o", "runs", "--json"]
     done = subprocess.run(again, cwd=tmp_path, capture_output=True, check=True)
     assert len(json.loads(done.stdout)["arms"]) == 3
+
+
+def test_two_processes_share_the_runs_and_make_the_same_table(
+    utilgen: Run, sets: list[str], tmp_path: Path
+) -> None:
+    options = ["eval", *sets, "--steps", "3", "--seeds", "3", "--json", "-o"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "utilgen_cli"]  # fmt: skip
+    both = subprocess.run([*torchrun, *options, "two"], cwd=tmp_path, capture_output=True)
+    assert both.returncode == 0, both.stderr.decode()
+    one, two = json.loads(utilgen(*options, "one").stdout), json.loads(both.stdout)
+    for found in (one, two):
+        for arm in found["arms"]:
+            arm.pop("train_seconds")
+            for run in arm["runs"]:
+                run.pop("seconds")
+    assert one == two
+
+
+def test_several_processes_need_a_directory_to_meet_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 processes: they meet in a directory"):
+        Team.join(None)
 
 
 def test_sets_are_named_once_and_properly() -> None:

@@ -99,7 +99,9 @@ def test_names_of_sets_and_classes_cannot_become_markup(inputs: Inputs, tmp_path
 
 
 def test_real_images_alone_make_a_page_too(inputs: Inputs, tmp_path: Path) -> None:
-    protocol = Protocol(TrainConfig(steps=1, batch_size=4), ("small-cnn", "test_resnet"), 1, 16)
+    protocol = Protocol(
+        TrainConfig(steps=1, batch_size=4), ("small-cnn", "test_resnet"), seeds=1, image_size=16
+    )
     found = compare_arms(Inputs(inputs.real, {}, inputs.test), protocol)
     text = write_report(tmp_path / "r.html", found, {}).read_text()
     assert Page(text).seen.count("svg") == 3  # one plot an architecture, and the classes

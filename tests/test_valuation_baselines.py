@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.valuation_toys import colours
 from utilgen_cli.valuation.baselines import knn_shapley, knn_shapley_joined
-from utilgen_cli.valuation.lookahead import lookahead
+from utilgen_cli.valuation.lookahead import lookahead, lookaheads
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 
@@ -98,6 +98,8 @@ def test_lookahead_puts_right_labels_above_wrong_ones(value):
     good, bad = colours(10, 11), colours(10, 11)
     bad.labels = (bad.labels + 1) % 3
     real, val = colours(8, 1), colours(6, 3)
-    gains = [lookahead(value, real, data, val, steps=12, seed=0).gain for data in (good, bad)]
-    assert gains[0] > gains[1]
-    assert gains[1] < 0
+    together = lookaheads(value, real, [good, bad], val, steps=12, seed=0)
+    assert together[0].gain > together[1].gain
+    assert together[1].gain < 0
+    # A set alone is valued as it is among others.
+    assert lookahead(value, real, bad, val, steps=12, seed=0) == together[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -9,16 +11,16 @@ from torch import nn
 
 from utilgen_cli.classification.models import Classifier, build_classifier
 from utilgen_cli.valuation.bilevel import (
-    commit_buffers,
     loss_jvp,
     meta_gradient_exact_double,
     meta_gradient_jvp,
     sample_losses,
-    trainable,
+    take_step,
 )
 from utilgen_cli.valuation.weight_net import WeightNet, normalised
 
-ARCHS = ("small-cnn", "resnet18", "mobilenetv2_100", "vit")
+LORA = f"open_clip-lora:{Path(__file__).parents[1] / 'utilgen_cli' / 'tiny' / 'open_clip'}"
+ARCHS = ("small-cnn", "resnet18", "resnet50", "mobilenetv2_100", "vit", LORA)
 
 
 def make(arch: str, dtype: torch.dtype = torch.float64, n: int = 6):
@@ -27,6 +29,9 @@ def make(arch: str, dtype: torch.dtype = torch.float64, n: int = 6):
     model = small_vit(size) if arch == "vit" else build_classifier(arch, 4, size, seed=1)
     model = model.to(dtype).train()
     net = WeightNet(hidden=20, seed=2).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:  # it starts at zero, where A has no gradient
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         net.out.weight.normal_(generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +52,7 @@ def distance(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.partition(":")[0])
 def test_one_jvp_is_double_backward_in_fp64(arch):
     model, net, batch, val = make(arch)
     one = meta_gradient_jvp(model, net, batch, val, eta=0.05)
@@ -57,12 +62,17 @@ def test_one_jvp_is_double_backward_in_fp64(arch):
     assert one.val_loss == pytest.approx(two.val_loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("arch", ["small-cnn", "vit"])
-def test_one_jvp_is_double_backward_in_fp32(arch):
+# Batch norm over few values amplifies fp32's rounding, in either of the two, in the deep narrow nets.
+@pytest.mark.parametrize(
+    ("arch", "tolerance"),
+    [("small-cnn", 1e-6), ("resnet18", 1e-6), ("resnet50", 5e-6), ("mobilenetv2_100", 5e-6),
+     ("vit", 1e-6)],
+)  # fmt: skip
+def test_one_jvp_is_double_backward_in_fp32(arch, tolerance):
     model, net, batch, val = make(arch, torch.float32, n=16)
     one = meta_gradient_jvp(model, net, batch, val, eta=0.05)
     two = meta_gradient_exact_double(model, net, batch, val, eta=0.05)
-    assert distance(one.phi_gradient, two.phi_gradient) < 1e-6
+    assert distance(one.phi_gradient, two.phi_gradient) < tolerance
 
 
 @pytest.mark.parametrize("gradient", [meta_gradient_jvp, meta_gradient_exact_double])
@@ -117,17 +127,17 @@ def test_normalised_weights_make_the_gradient_blind_to_their_scale():
     assert abs(step.phi_gradient[0].item()) < 1e-15 < abs(plain.phi_gradient[0].item())
 
 
-def test_the_shared_pass_is_a_plain_training_pass():
-    """Losses, gradients and running statistics equal those of model(x) in train mode."""
+@pytest.mark.parametrize("gradient", [meta_gradient_jvp, meta_gradient_exact_double])
+def test_the_shared_step_is_a_plain_training_step(gradient):
+    """Weights and running statistics after it equal those of model(x), backward and step."""
     model, net, batch, val = make("mobilenetv2_100")
-    step = meta_gradient_jvp(model, net, batch, val, eta=0.05)
-    w = normalised(net(step.losses.detach())).detach()
-    shared = torch.autograd.grad(w @ step.losses, list(trainable(model).values()))
-    commit_buffers(model, step.buffers)
+    inner = gradient(model, net, batch, val, eta=0.05).inner
+    take_step(model, torch.optim.SGD(model.parameters(), lr=0.1), inner)
     other = make("mobilenetv2_100")[0]
     losses = nn.functional.cross_entropy(other(batch[0]), batch[1], reduction="none")
-    plain = torch.autograd.grad(w @ losses, list(other.parameters()))
-    assert distance(shared, plain) < 1e-12
+    (normalised(net(losses.detach())).detach() @ losses).backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert distance(model.parameters(), other.parameters()) < 1e-12
     for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 

@@ -50,10 +50,28 @@ def test_every_method_writes_the_same_facts(value, method):
     sample = next(score_samples(as_samples(colours(1, 7)), value, method))
     facts = sample.parsed("utility.json")
     assert sorted(facts) == [
-        "disagreement", "loss", "margin", "method", "nearest", "predicted", "probability", "utility",
+        "disagreement", "features", "loss", "margin", "method", "nearest", "predicted", "probability", "utility",
     ]  # fmt: skip
     assert facts["method"] == method
     assert 0 <= facts["probability"] <= 1 and -1 <= facts["margin"] <= 1
+
+
+def test_one_pass_asks_the_last_classifier_that_did_not_train_on_the_sample(value):
+    """Against the classifiers' own losses; only several passes can disagree."""
+    new, known = colours(4, 7), colours(8, 1)
+    fold = value.held_out_folds(known.images)
+    assert (fold >= 0).all()
+    for data, asked in ((new, torch.zeros(len(new)).long()), (known, fold)):
+        found = [s.parsed("utility.json") for s in Scorer(value)(as_samples(data))]
+        losses = [
+            torch.nn.functional.cross_entropy(c(data.images / 255), data.labels, reduction="none")
+            for c in value.classifiers
+        ]
+        expected = torch.stack(losses)[asked, torch.arange(len(data))]
+        assert [f["loss"] for f in found] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert {f["disagreement"] for f in found} == {None}
+    twice = [s.parsed("utility.json") for s in Scorer(value, passes=2)(as_samples(new))]
+    assert min(f["disagreement"] for f in twice) > 0
 
 
 @pytest.mark.parametrize("method", ["weight-net", "knn-shapley", "influence"])
@@ -74,7 +92,8 @@ def test_the_batch_size_does_not_change_the_scores(value):
     for a, b in zip(one, many, strict=True):
         facts = a.parsed("utility.json"), b.parsed("utility.json")
         assert facts[0].pop("predicted") == facts[1].pop("predicted")
-        assert facts[0].pop("method") == facts[1].pop("method")
+        for name in ("method", "features", "disagreement"):
+            facts[0].pop(name), facts[1].pop(name)
         assert facts[0] == pytest.approx(facts[1], rel=1e-3, abs=1e-5)
 
 

@@ -8,9 +8,11 @@ weights not normalised, W from its usual random start, in-sample losses, the las
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from torch import Tensor, nn
 from utilgen_cli.classification.data import LabelledImages, augment, to_float
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.classification.train import learning_rate, make_optimizer
-from utilgen_cli.valuation.bilevel import commit_buffers, meta_gradient_jvp
+from utilgen_cli.valuation.bilevel import inner_step, meta_gradient_jvp, take_step
 from utilgen_cli.valuation.canary import auroc
 from utilgen_cli.valuation.todv import ValueConfig, draw
 from utilgen_cli.valuation.training import ValueData, train_values
 
 from .harness import record
+from .store import Enough, Store, table
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "tiny"))
 SIZE, SHOTS, POOL, UNSEEN = 16, 16, 300, 300
@@ -117,19 +120,20 @@ def literal(data: ValueData, seed: int) -> tuple[nn.Module, nn.Module]:
                 (data.validation.images[val], data.validation.labels[val]),
             )
         )
-        meta = meta_gradient_jvp(
-            model, net, batch, outer, CONFIG.eta, normalise=lambda w: w / len(w)
-        )
+        meta = meta_gradient_jvp(model, net, batch, outer, CONFIG.eta, normalise=mean)
         for p, g in zip(net.parameters(), meta.phi_gradient, strict=True):
             p.grad = g
         phi.step()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, inner)
-        optimizer.zero_grad()
-        (net(meta.losses.detach()).detach() * meta.losses).mean().backward()
-        optimizer.step()
-        commit_buffers(model, meta.buffers)
+        # As published (Shu et al. 2019, equation 5) theta takes its step under the new W.
+        take_step(model, optimizer, inner_step(model, net, batch, normalise=mean))
     return model.eval(), net
+
+
+def mean(w: Tensor) -> Tensor:
+    """w_i / n: weights as published, not normalised."""
+    return w / len(w)
 
 
 def one_run(mix: dict[str, float], seed: int) -> dict[str, float]:
@@ -153,24 +157,38 @@ def one_run(mix: dict[str, float], seed: int) -> dict[str, float]:
     }
 
 
-def main(seeds: int = 10) -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Every mix under every seed."""
+    parser = argparse.ArgumentParser("python -m tests.benchmarks valuation_inversion")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--store", type=Path, default=Path("build/valuation"))
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of work")
+    options = parser.parse_args(list(arguments))
     torch.set_num_threads(1)
-    rows = ["| pool, % | ours: mean, least, inverted | literal: mean, least, inverted | canary |"]
-    rows.append("|---|---|---|---|")
-    for name, mix in MIXES.items():
-        runs = [one_run(mix, seed) for seed in range(seeds)]
-        cells = [name]
-        for side in ("ours", "literal"):
-            found = [run[side] for run in runs]
-            wrong = sum(x < 0.5 for x in found)
-            cells.append(f"{statistics.fmean(found):.3f}, {min(found):.3f}, {wrong}/{seeds}")
-        cells.append(f"{statistics.fmean(run['canary'] for run in runs):.3f}")
-        rows.append("| " + " | ".join(cells) + " |")
-        print(rows[-1], flush=True)
+    store, seeds = Store(options.store, "inversion", options.limit), options.seeds
+    try:
+        rows = [row(store, name, mix, seeds) for name, mix in MIXES.items()]
+    except Enough as reason:
+        sys.exit(f"not finished: {reason}")
+    head = ["pool, %", "ours: mean, least, inverted", "literal: mean, least, inverted", "canary"]
     title = f"Never inverted: {seeds * len(MIXES)} runs, AUROC of right over garbage, unseen"
-    record(title, "\n".join(rows))
+    command = f"`python -m tests.benchmarks valuation_inversion --seeds {seeds}`"
+    record(title, f"{command}\n\n{table(head, rows)}")
+
+
+def row(store: Store, name: str, mix: dict[str, float], seeds: int) -> list[str]:
+    """One mix under every seed."""
+    runs = [
+        store.get(f"{name} seed {seed}", lambda seed=seed: one_run(mix, seed))
+        for seed in range(seeds)
+    ]
+    cells = [name]
+    for side in ("ours", "literal"):
+        found = [run[side] for run in runs]
+        wrong = sum(x < 0.5 for x in found)
+        cells.append(f"{statistics.fmean(found):.3f}, {min(found):.3f}, {wrong}/{seeds}")
+    return [*cells, f"{statistics.fmean(run['canary'] for run in runs):.3f}"]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,12 +10,12 @@ import torch
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.valuation.bilevel import (
     MetaStep,
-    commit_buffers,
+    inner_step,
     meta_gradient_exact_double,
     meta_gradient_jvp,
-    sample_losses,
+    take_step,
 )
-from utilgen_cli.valuation.weight_net import WeightNet, normalised
+from utilgen_cli.valuation.weight_net import WeightNet
 
 from .harness import interleaved, record, table
 
@@ -29,12 +29,16 @@ class Bench:
     def __init__(self, arch: str, device: str) -> None:
         batch, size = SIZES[arch]
         self.device = torch.device(device)
-        self.model = build_classifier(arch, 10, size).to(self.device).train()
+        layout = torch.channels_last
+        self.model = build_classifier(arch, 10, size).train()
+        self.model.to(self.device, memory_format=layout)
         self.net = WeightNet().to(self.device)
         generator = torch.Generator().manual_seed(0)
         self.batch, self.val = (
             (
-                torch.rand(batch, 3, size, size, generator=generator).to(self.device),
+                torch.rand(batch, 3, size, size, generator=generator).to(
+                    self.device, memory_format=layout
+                ),
                 torch.randint(10, (batch,), generator=generator).to(self.device),
             )
             for _ in range(2)
@@ -42,18 +46,9 @@ class Bench:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         self.phi = torch.optim.Adam(self.net.parameters(), lr=1e-3)
 
-    def actual(self, losses: torch.Tensor, buffers: dict[str, torch.Tensor]) -> None:
-        """The weighted step of theta."""
-        with torch.no_grad():
-            w = normalised(self.net(losses.detach()))
-        self.optimizer.zero_grad()
-        (w @ losses).backward()
-        self.optimizer.step()
-        commit_buffers(self.model, buffers)
-
     def plain(self) -> None:
         """A weighted step without an outer one."""
-        self.actual(*sample_losses(self.model, self.batch))
+        take_step(self.model, self.optimizer, inner_step(self.model, self.net, self.batch))
 
     def outer(self, meta: MetaStep) -> None:
         """The step of phi."""
@@ -62,16 +57,14 @@ class Bench:
         self.phi.step()
 
     def jvp(self) -> None:
-        """Outer step by one JVP; the actual step shares its forward pass."""
+        """Outer step by one JVP; the actual step takes the virtual one's gradient."""
         meta = meta_gradient_jvp(self.model, self.net, self.batch, self.val, ETA)
         self.outer(meta)
-        self.actual(meta.losses, meta.buffers)
+        take_step(self.model, self.optimizer, meta.inner)
 
     def double(self) -> None:
-        """Double backward as published: the actual step makes its own forward pass."""
-        meta = meta_gradient_exact_double(self.model, self.net, self.batch, self.val, ETA)
-        self.outer(meta)
-        del meta
+        """Double backward as published: the actual step makes its own pass after that of phi."""
+        self.outer(meta_gradient_exact_double(self.model, self.net, self.batch, self.val, ETA))
         self.plain()
 
 

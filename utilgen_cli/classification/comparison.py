@@ -25,6 +25,7 @@ from .data import LabelledImages, load_images
 from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
 from .leaks import Prints, find_leaks
 from .summary import summarise
+from .team import Team
 from .train import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Protocol:
     config: TrainConfig
     archs: Sequence[str] = ("small-cnn",)
     seeds: int = 5
+    first_seed: int = 0
     image_size: int = 32
     times: Sequence[float] = ()
     baseline: str = "real"
@@ -73,24 +75,27 @@ def compare_arms(
     directory: Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> Comparison:
+) -> Comparison | None:
     """Train all arms, look at the synthetic sets, and only then test each classifier once.
 
     With `directory` every finished run is kept, and a stopped evaluation goes on there. The
-    directory is bound to the test set by its hash: it never mixes the results of two.
+    directory is bound to the test set by its hash: it never mixes the results of two. Under
+    torchrun the processes share the runs out, and all but the first return None.
     """
+    team = Team.join(directory)
     with ExitStack() as stack:
         test_hash = digest_shards(inputs.test.shards())
         if directory is None:
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="utilgen-eval-")))
-        else:
+        elif team.rank == 0:
             stack.enter_context(OutputDirectory(directory, "eval", {"test": test_hash}, overwrite))
-        return _compare(inputs, protocol, directory, test_hash, progress)
+        return _compare(inputs, protocol, directory, test_hash, team, progress)
 
 
 def _compare(
-    inputs: Inputs, protocol: Protocol, directory: Path, test_hash: str, progress: Progress
-) -> Comparison:
+    inputs: Inputs, protocol: Protocol, directory: Path, test_hash: str, team: Team,
+    progress: Progress,
+) -> Comparison | None:  # fmt: skip
     size = protocol.image_size
     real = load_images(inputs.real, size, progress=progress)
     load = partial(load_images, size=size, classes=real.classes, progress=progress)
@@ -102,7 +107,11 @@ def _compare(
     _check_baseline(protocol.baseline, arms)
     runs, probes = _plan(protocol, arms, real)
     trainer = Trainer(protocol.config, size, protocol.device, protocol.pretrained, validation)
-    train_runs([*runs, *probes], trainer, directory, progress)
+    team.wait()  # the first process holds the directory now
+    train_runs([*runs, *probes], trainer, directory, progress, team)
+    team.part()
+    if team.rank:
+        return None
     analyses = {}
     if validation is not None:
         analyst = Analyst(probes, directory, real, validation, protocol.device)
@@ -136,7 +145,7 @@ def _plan(protocol: Protocol, arms: list[Arm], real: LabelledImages) -> tuple[li
     """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
     context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
                "device": protocol.device.type}  # fmt: skip
-    seeds = range(protocol.seeds)
+    seeds = range(protocol.first_seed, protocol.first_seed + protocol.seeds)
     runs = plan_runs(arms, protocol.archs, seeds, protocol.config, context)
     probe = Arm("real", REAL, real)
     probes = plan_runs([probe], protocol.archs[:1], seeds, protocol.config, context)
@@ -168,6 +177,7 @@ def _protocol_facts(protocol: Protocol) -> dict[str, Any]:
     return {
         "archs": list(protocol.archs),
         "seeds": protocol.seeds,
+        "first_seed": protocol.first_seed,
         "image_size": protocol.image_size,
         "times": list(protocol.times),
         "baseline": protocol.baseline,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime import signals
+from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.errors import UtilgenError
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
@@ -24,6 +25,7 @@ from .arms import Arm, digest_images
 from .data import LabelledImages
 from .metrics import score
 from .models import Classifier, build_classifier, load_classifier, save_classifier
+from .team import Team
 from .train import TrainConfig, predict, train_classifier
 
 
@@ -78,14 +80,16 @@ class Trainer:
     pretrained: bool = False
     validation: LabelledImages | None = None  # for selection only
 
-    def train(self, run: Run, progress: Progress = silent) -> tuple[Classifier, dict[str, Any]]:
+    def train(
+        self, run: Run, checkpoint: Path | None = None, progress: Progress = silent
+    ) -> tuple[Classifier, dict[str, Any]]:
         """A trained classifier and the facts of its training."""
         model = build_classifier(
             run.arch, len(run.arm.data.classes), self.image_size, self.pretrained, run.seed
         ).to(self.device)
         result = train_classifier(
             model, run.arm.data, self.config, seed=run.seed, mix=run.arm.mix,
-            validation=self.validation, progress=progress,
+            validation=self.validation, checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
         if not math.isfinite(result.loss):
             raise UtilgenError(
@@ -98,17 +102,21 @@ class Trainer:
 
 
 def train_runs(
-    runs: Sequence[Run], trainer: Trainer, directory: Path, progress: Progress = silent
-) -> None:
+    runs: Sequence[Run], trainer: Trainer, directory: Path, progress: Progress = silent,
+    team: Team | None = None,
+) -> None:  # fmt: skip
     """Train what has neither a result nor a saved classifier yet; stop where a signal asks to."""
-    unique = {run.name: run for run in runs}.values()  # a probe is often the real arm itself
-    missing = [run for run in unique if not is_trained(directory, run)]
+    unique = list({run.name: run for run in runs}.values())  # a probe is often the real arm itself
+    mine = (team or Team()).share(unique)
+    missing = [run for run in mine if not is_trained(directory, run)]
     with progress("train arms", len(missing)) as task:
         for run in missing:
             signals.check()
-            model, facts = trainer.train(run)
+            checkpoint = directory / f"{run.name}.checkpoint.safetensors"
+            model, facts = trainer.train(run, checkpoint)
             save_classifier(weights_path(directory, run), model)
             write_json(facts_path(directory, run), facts)
+            remove_checkpoint(checkpoint)
             task.advance(1, arm=run.arm.name, seed=str(run.seed))
     signals.check()
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..runtime.checkpoint import save_tensors
 from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.offline import offline
 from ..runtime.seeds import seed_everything
+from .clip import OPEN_CLIP, OPEN_CLIP_LORA, add_lora, is_clip, load_tower
 
 SMALL_CNN = "small-cnn"
-OPEN_CLIP = "open_clip:"
 
 
 class Classifier(nn.Module):
@@ -108,7 +109,8 @@ def build_classifier(
     """Build f_theta; the weights depend on `seed` only (and on the pretrained file, if asked for).
 
     `arch` is "small-cnn", a timm name ("resnet50"), or "open_clip:" with a model name (optionally
-    NAME/TAG for its weights) or a local directory: a frozen image tower under a linear head.
+    NAME/TAG for its weights) or a local directory: a frozen image tower under a linear head. With
+    "open_clip-lora:" the tower gets trainable low-rank adapters.
     Raises UsageError for an unknown name, NoInput when weights cannot be had.
     """
     with torch.random.fork_rng():
@@ -116,8 +118,8 @@ def build_classifier(
         if arch == SMALL_CNN:
             transform = {"size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
             return Classifier(arch, small_cnn_tower(), 128, num_classes, transform)
-        if arch.startswith(OPEN_CLIP):
-            return _open_clip_classifier(arch, num_classes)
+        if is_clip(arch):
+            return _clip_classifier(arch, num_classes)
         return _timm_classifier(arch, num_classes, image_size, pretrained)
 
 
@@ -128,7 +130,8 @@ def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: b
     if not timm.is_model(arch):
         raise UsageError(
             f"--arch {arch}", "unknown architecture",
-            f"Use {SMALL_CNN}, a timm name such as resnet50, or {OPEN_CLIP}NAME-or-directory.",
+            f"Use {SMALL_CNN}, a timm name such as resnet50, or {OPEN_CLIP}NAME-or-directory "
+            f"({OPEN_CLIP_LORA}... to adapt the tower).",
         )  # fmt: skip
     try:
         tower = timm.create_model(arch, pretrained=pretrained, num_classes=0)
@@ -141,22 +144,16 @@ def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: b
     return Classifier(arch, tower, feature_width(tower, size), num_classes, transform)
 
 
-def _open_clip_classifier(arch: str, num_classes: int) -> Classifier:
-    import open_clip
-
-    name = arch.removeprefix(OPEN_CLIP)
-    local = Path(name).is_dir()
-    model_name, _, tag = (f"local-dir:{name}", "", "") if local else name.partition("/")
+def _clip_classifier(arch: str, num_classes: int) -> Classifier:
     try:
-        clip = open_clip.create_model(model_name, pretrained=tag or None)
-    except (OSError, RuntimeError, ValueError) as error:
+        tower, transform = load_tower(arch)
+    except Exception as error:  # open_clip, the hub and the unpicklers each raise their own
         raise _no_weights(arch, error) from None
-    tower = clip.visual
-    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
-    mean = getattr(tower, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(tower, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    transform = {"size": size, "mean": tuple(mean), "std": tuple(std)}
-    return Classifier(arch, tower, feature_width(tower, size), num_classes, transform, frozen=True)
+    width = feature_width(tower, transform["size"])
+    model = Classifier(arch, tower, width, num_classes, transform, frozen=True)
+    if arch.startswith(OPEN_CLIP_LORA):
+        add_lora(tower)
+    return model
 
 
 def _no_weights(arch: str, error: Exception) -> NoInput:
@@ -199,7 +196,8 @@ def load_classifier(path: Path) -> Classifier:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
-    model = build_classifier(facts["arch"], facts["num_classes"], facts["transform"]["size"])
+    with offline():
+        model = build_classifier(facts["arch"], facts["num_classes"], facts["transform"]["size"])
     try:
         model.load_state_dict(tensors)
     except RuntimeError:

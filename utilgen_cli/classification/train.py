@@ -7,20 +7,23 @@ data, and `predict` is called by the evaluation once the model is final.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import signals
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed
 from .data import LabelledImages, augment, random_resized_crop, shuffled_batches, to_float
+from .resume import Keeper, Training
 
 
 @dataclass(frozen=True)
@@ -116,23 +119,29 @@ class Batches:
     weights: Tensor | None = None  # [len(data)]
     mix: LabelledImages | None = None
 
+    start: int = 0  # batches that were had before
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.draws = torch.Generator().manual_seed(derive_seed("augment", self.seed))
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         size = self.config.batch_size
         n_data = size if self.mix is None else round(self.config.real_share * size)
-        draws = torch.Generator().manual_seed(derive_seed("augment", self.seed))
         parts = [self._part(self.data, n_data, "data", self.weights)]
         if self.mix is not None:
             parts.append(self._part(self.mix, size - n_data, "mix", None))
         while True:
             x, y, w = (torch.cat(part) for part in zip(*map(next, parts), strict=True))
-            yield self._augmented(to_float(x), draws), y, w
+            x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
+            yield self._augmented(to_float(x), self.draws), y, w
 
     def _part(
         self, data: LabelledImages, n: int, name: str, weights: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = torch.Generator().manual_seed(derive_seed("order", name, self.seed))
         weights = torch.ones(len(data)) if weights is None else weights.float().cpu()
-        for i in shuffled_batches(len(data), n, order):
+        for i in islice(shuffled_batches(len(data), n, order), self.start, None):
             yield data.images[i], data.labels[i], weights[i]
 
     def _augmented(self, x: Tensor, draws: torch.Generator) -> Tensor:
@@ -164,68 +173,92 @@ def train_classifier(
     weights: Tensor | None = None,
     mix: LabelledImages | None = None,
     validation: LabelledImages | None = None,
+    checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
 
     `weights` [len(data)] weigh the loss. With `validation` and `config.validate_every` the step
     with the best validation accuracy is kept, else the last. The same seed, data and number of
-    threads give the same weights bit for bit on the CPU.
+    threads give the same weights bit for bit on the CPU, also where a run that a signal stopped
+    (Stopped) goes on from `checkpoint`.
     """
     device = next(model.parameters()).device
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    batches = iter(Batches(data, config, seed, weights, mix))
-    best = _Best(model, validation if config.validate_every else None)
-    losses: list[Tensor] = []
-    start = time.monotonic()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        training = Training(model, make_optimizer(model, config), scaler)
+        draws = training.load(checkpoint) if checkpoint else None
+        batches = Batches(data, config, seed, weights, mix, training.step, device)
+        if draws is not None:
+            batches.draws.set_state(draws)
+        best = _Best(training, validation if config.validate_every else None)
+        keeper = Keeper(checkpoint)
+        with signals.deferred() if checkpoint else nullcontext():
+            _take_steps(training, batches, best, keeper, config, progress)
+    selected = best.restore(config.steps)
+    last = training.losses[-max(1, config.steps // 10) :]
+    loss = torch.stack(last).mean().item() if last else math.nan
+    model.eval()
+    return TrainResult(config.steps, selected, keeper.seconds(training), loss, best.history)
+
+
+def _take_steps(
+    training: Training, batches: Batches, best: _Best, keeper: Keeper, config: TrainConfig,
+    progress: Progress,
+) -> None:  # fmt: skip
+    model, device = training.model, batches.device
     model.train()
     with progress("train", config.steps) as task:
-        for step in range(config.steps):
-            x, y, w = (t.to(device, non_blocking=True) for t in next(batches))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+        task.advance(training.step)
+        for x, y, w in islice(batches, config.steps - training.step):
+            for group in training.optimizer.param_groups:
+                group["lr"] = learning_rate(training.step, config)
             with autocast(device, config.precision):
                 loss = weighted_loss(model(x), y, w, config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(loss.detach())
-            if config.validate_every and (step + 1) % config.validate_every == 0:
-                best.look(step + 1)
+            training.optimizer.zero_grad(set_to_none=True)
+            training.scaler.scale(loss).backward()
+            training.scaler.step(training.optimizer)
+            training.scaler.update()
+            training.losses.append(loss.detach())
+            training.step += 1
+            if config.validate_every and training.step % config.validate_every == 0:
+                best.look(training.step)
             task.advance()
-    selected = best.restore(config.steps)
-    last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item() if losses else math.nan
-    model.eval()
-    return TrainResult(config.steps, selected, time.monotonic() - start, last, best.history)
+            keeper.look(training, batches.draws)
 
 
 class _Best:
     """The weights of the step with the best validation accuracy (the earliest of equals)."""
 
-    def __init__(self, model: nn.Module, validation: LabelledImages | None) -> None:
-        self.model, self.validation = model, validation
-        self.accuracy, self.step = -1.0, 0
-        self.state: dict[str, Tensor] | None = None
-        self.history: list[dict[str, float]] = []
+    def __init__(self, training: Training, validation: LabelledImages | None) -> None:
+        self.training, self.validation = training, validation
+        self.found = training.best or {"accuracy": -1.0, "step": 0, "history": []}
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        looks: list[dict[str, float]] = self.found["history"]
+        return looks
 
     def look(self, step: int) -> None:
         if self.validation is None:
             return
-        logits = predict(self.model, self.validation.images)
-        self.model.train()
+        model = self.training.model
+        logits = predict(model, self.validation.images)
+        model.train()
         accuracy = (logits.argmax(1) == self.validation.labels).float().mean().item()
         self.history.append({"step": step, "accuracy": accuracy})
-        if accuracy > self.accuracy:
-            self.accuracy, self.step = accuracy, step
-            self.state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if accuracy > self.found["accuracy"]:
+            self.found |= {"accuracy": accuracy, "step": step}
+            state = model.state_dict().items()
+            self.training.best_state = {k: v.detach().clone() for k, v in state}
+        self.training.best = self.found
 
     def restore(self, last_step: int) -> int:
-        if self.state is None:
+        if not self.training.best_state:
             return last_step
-        self.model.load_state_dict(self.state)
-        return self.step
+        self.training.model.load_state_dict(self.training.best_state)
+        return int(self.found["step"])
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@
     dL_val(theta') / dw_i = -eta <v, grad L_i(theta)>,      v = grad L_val(theta')
 
 All inner products are one Jacobian-vector product of theta -> (L_1 ... L_B) with tangent v, so
-that no second derivative is formed. Every pass runs on copies of the buffers: the running
-statistics of batch norm stay what they are.
+that no second derivative is formed. The actual step takes the gradient of the virtual one: phi
+moves beside theta, not before it, and a forward and a backward pass are saved. Every pass runs on
+copies of the buffers: the running statistics of batch norm stay what they are.
 """
 
 from __future__ import annotations
@@ -30,12 +31,21 @@ Normalise = Callable[[Tensor], Tensor]
 
 
 @dataclass
+class InnerStep:
+    """The weighted gradient of theta: the virtual step takes it, and the actual one as well."""
+
+    gradient: tuple[Tensor, ...]  # of sum_i w_i L_i(theta), one a parameter that takes gradients
+    losses: Tensor  # [B], L_i(theta)
+    w: Tensor  # [B], with its graph back to phi
+    buffers: Named  # the buffers as a plain training pass leaves them
+
+
+@dataclass
 class MetaStep:
     """What one outer evaluation found."""
 
+    inner: InnerStep
     phi_gradient: tuple[Tensor, ...]  # dL_val(theta') / dphi, one a parameter of W
-    losses: Tensor  # [B], L_i(theta); its graph is kept, so that the actual step shares the pass
-    buffers: Named  # the buffers as that pass leaves them
     val_loss: float
 
 
@@ -63,6 +73,18 @@ def losses_at(model: nn.Module, theta: Named, buffers: Named, batch: Batch) -> T
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by kernels that can be differentiated forwards and twice: the fused ones cannot."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def same_noise(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout draws the same masks in every pass under the same seed."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -75,6 +97,36 @@ def sample_losses(model: nn.Module, batch: Batch, noise: int = 0) -> tuple[Tenso
     buffers = copied_buffers(model)
     with same_noise(noise, batch[0].device):
         return losses_at(model, trainable(model), buffers, batch), buffers
+
+
+def inner_step(
+    model: nn.Module,
+    weight_net: nn.Module,
+    batch: Batch,
+    shown: Tensor | None = None,
+    noise: int = 0,
+    normalise: Normalise = normalised,
+    create_graph: bool = False,
+) -> InnerStep:
+    """The gradient of sum_i w_i L_i(theta). `shown` [B] is what W sees: by default the losses.
+
+    The model's mode is respected (batch statistics in train mode); the model is left as it was.
+    """
+    losses, buffers = sample_losses(model, batch, noise)
+    w = normalise(weight_net(losses.detach() if shown is None else shown))
+    total = (w if create_graph else w.detach()) @ losses
+    theta = list(trainable(model).values())
+    gradient = torch.autograd.grad(total, theta, create_graph=create_graph)
+    return InnerStep(gradient, losses.detach(), w, buffers)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, inner: InnerStep) -> None:
+    """The actual step of theta, with the gradient that the virtual one had."""
+    for p, g in zip(trainable(model).values(), inner.gradient, strict=True):
+        p.grad = g.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+    commit_buffers(model, inner.buffers)
 
 
 def virtual_step(theta: Named, gradient: tuple[Tensor, ...], eta: float) -> Named:
@@ -92,22 +144,17 @@ def meta_gradient_jvp(
     noise: int = 0,
     normalise: Normalise = normalised,
 ) -> MetaStep:
-    """dL_val(theta')/dphi by one JVP. `shown` [B] is what W sees: by default the losses themselves.
-
-    The model's mode is respected (batch statistics in train mode). The returned losses keep their
-    graph: the actual step needs no second forward pass.
-    """
+    """dL_val(theta')/dphi by one JVP. Three passes in all: the inner one, validation, the JVP."""
+    inner = inner_step(model, weight_net, batch, shown, noise, normalise)
     theta = trainable(model)
-    losses, buffers = sample_losses(model, batch, noise)
-    w = normalise(weight_net(losses.detach() if shown is None else shown))
-    gradient = torch.autograd.grad(w.detach() @ losses, list(theta.values()), retain_graph=True)
-    moved = {k: p.detach().requires_grad_() for k, p in virtual_step(theta, gradient, eta).items()}
+    moved = virtual_step(theta, inner.gradient, eta)
+    moved = {name: p.detach().requires_grad_() for name, p in moved.items()}
     with same_noise(noise + 1, batch[0].device):
         val_loss = losses_at(model, moved, copied_buffers(model), validation).mean()
     v = torch.autograd.grad(val_loss, list(moved.values()))
     products = loss_jvp(model, batch, dict(zip(theta, v, strict=True)), noise)
-    phi_gradient = torch.autograd.grad(w @ (-eta * products), list(weight_net.parameters()))
-    return MetaStep(phi_gradient, losses, buffers, val_loss.item())
+    phi_gradient = torch.autograd.grad(inner.w @ (-eta * products), list(weight_net.parameters()))
+    return MetaStep(inner, phi_gradient, val_loss.item())
 
 
 def loss_jvp(model: nn.Module, batch: Batch, tangent: Named, noise: int = 0) -> Tensor:
@@ -117,8 +164,7 @@ def loss_jvp(model: nn.Module, batch: Batch, tangent: Named, noise: int = 0) -> 
         return losses_at(model, theta, copied_buffers(model), batch)
 
     theta = {name: p.detach() for name, p in trainable(model).items()}
-    # The fused attention kernels have no forward-mode derivative.
-    with torch.no_grad(), same_noise(noise, batch[0].device), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), same_noise(noise, batch[0].device), plain_attention():
         products: Tensor = forward_jvp(losses, (theta,), (tangent,))[1]
     return products
 
@@ -134,18 +180,14 @@ def meta_gradient_exact_double(
     normalise: Normalise = normalised,
 ) -> MetaStep:
     """The same by backward through the virtual step (Shu et al. 2019, equations 4 to 6)."""
-    theta = trainable(model)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-        losses, buffers = sample_losses(model, batch, noise)
-        w = normalise(weight_net(losses.detach() if shown is None else shown))
-        gradient = torch.autograd.grad(w @ losses, list(theta.values()), create_graph=True)
+    with plain_attention():
+        inner = inner_step(model, weight_net, batch, shown, noise, normalise, create_graph=True)
+        moved = virtual_step(trainable(model), inner.gradient, eta)
         with same_noise(noise + 1, batch[0].device):
-            moved = virtual_step(theta, gradient, eta)
             val_loss = losses_at(model, moved, copied_buffers(model), validation).mean()
-        phi_gradient = torch.autograd.grad(
-            val_loss, list(weight_net.parameters()), retain_graph=True
-        )
-    return MetaStep(phi_gradient, losses, buffers, val_loss.item())
+        phi_gradient = torch.autograd.grad(val_loss, list(weight_net.parameters()))
+    inner.gradient = tuple(g.detach() for g in inner.gradient)
+    return MetaStep(inner, phi_gradient, val_loss.item())
 
 
 META_GRADIENTS = {"jvp": meta_gradient_jvp, "exact-double": meta_gradient_exact_double}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..classification.data import concatenate, load_images
 from ..classification.models import build_classifier
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_rgb
 from ..shards.operands import Source, open_source
+from ..shards.quarantine import Quarantine
 from .training import ValueData
 
 LARGEST = 224  # default side in pixels where the images are larger
@@ -28,14 +30,16 @@ def load_value_data(
     arch: str,
     size: int | None = None,
     progress: Progress = silent,
+    quarantine: Quarantine | None = None,
 ) -> ValueData:
     """Read all sets with the classes of `real`; BadInput where another set disagrees with them."""
-    source = open_source(real)
+    source = open_source(real, quarantine)
     # Two classes will do to learn the side of the images that the architecture is built for.
     side = build_classifier(arch, 2, size or native_size(source)).transform["size"]
     first = load_images(source, side, None, progress)
+    load = partial(load_images, size=side, classes=first.classes, progress=progress)
     rest = [
-        [load_images(open_source([name]), side, first.classes, progress) for name in names]
+        [load(open_source([name], quarantine)) for name in names]
         for names in (synthetic, validation)
     ]
     joined = [concatenate(sets) if sets else None for sets in rest]

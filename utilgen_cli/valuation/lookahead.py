@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,16 +61,39 @@ def lookahead(
 
     Both runs of a classifier see the same real batches, so that noise cancels in the gain.
     """
-    pairs = []
-    with progress("lookahead", len(value.classifiers)) as task:
+    return lookaheads(
+        value, real, [candidates], validation, steps=steps, lr=lr, seed=seed, progress=progress
+    )[0]
+
+
+def lookaheads(
+    value: ValueModel,
+    real: LabelledImages,
+    sets: Sequence[LabelledImages],
+    validation: LabelledImages,
+    *,
+    steps: int = 60,
+    lr: float = 5e-4,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Lookahead]:
+    """Value several sets: the runs on real images alone are made once and serve them all."""
+    extras: list[LabelledImages | None] = [None, *sets]
+    losses = []  # of every classifier: first without a set, then with each
+    with progress("lookahead", len(value.classifiers) * len(extras)) as task:
         for k, classifier in enumerate(value.classifiers):
             train, held = held_out(value, k, real, validation)
-            losses = [
-                fine_tuned_loss(classifier, train, extra, held, steps=steps, lr=lr, seed=seed)
-                for extra in (None, candidates)
-            ]
-            pairs.append(losses)
-            task.advance(gain=losses[0] - losses[1])
+            row = []
+            for extra in extras:
+                row.append(
+                    fine_tuned_loss(classifier, train, extra, held, steps=steps, lr=lr, seed=seed)
+                )
+                task.advance(gain=row[0] - row[-1])
+            losses.append(row)
+    return [_summary([(row[0], row[1 + i]) for row in losses]) for i in range(len(sets))]
+
+
+def _summary(pairs: list[tuple[float, float]]) -> Lookahead:
     gains = [before - after for before, after in pairs]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     without, with_set = (statistics.fmean(column) for column in zip(*pairs, strict=True))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,9 @@ from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_rgb
 from ..shards.sample import Sample
+from ..shards.scores import score_of, unpack_features
 
+Describe = Callable[[list[np.ndarray]], np.ndarray]  # uint8 [H, W, 3] each -> float32 [N, D]
 DESCRIPTOR_SIDE = 8  # a descriptor is the image as 8 x 8 grey levels
 
 
@@ -31,6 +31,7 @@ class Candidate:
     extension: str
     image: bytes
     facts: dict[str, str | None]  # class_name, prompt, model
+    features: str | None  # of the value model, packed
 
 
 class SamplePool:
@@ -42,6 +43,7 @@ class SamplePool:
         self._group, self._digest, self._offset = array("q"), array("q"), array("q")
         self._utility = array("d")
         self._end = 0
+        self.featured = 0  # samples with features of the value model
 
     def __len__(self) -> int:
         return len(self._label)
@@ -68,17 +70,20 @@ class SamplePool:
 
     def add(self, sample: Sample) -> None:
         """Keep one scored sample. BadInput if it was not scored."""
-        utility = _utility(sample)
+        score = score_of(sample)
         extension, image = sample.image
         facts = sample.facts
         head = {name: facts.get(name) for name in ("class_name", "prompt", "model")}
-        head_bytes = encode_json({"key": sample.key, "extension": extension, "facts": head})
+        features = score.get("features")
+        about = {"key": sample.key, "extension": extension, "facts": head, "features": features}
+        head_bytes = encode_json(about)
+        self.featured += features is not None
         self._file.write(head_bytes)
         self._file.write(image)
         self._label.append(sample.label)
         self._group.append(_hash64(f"{sample.label}\0{head['prompt'] or ''}".encode()))
         self._digest.append(_hash64(image))
-        self._utility.append(utility)
+        self._utility.append(score["utility"])
         self._offset.append(self._end)
         self._head.append(len(head_bytes))
         self._image.append(len(image))
@@ -97,7 +102,8 @@ class SamplePool:
         head_length = self._head[index]
         data = os.pread(self._file.fileno(), head_length + self._image[index], self._offset[index])
         head = json.loads(data[:head_length])
-        return Candidate(head["key"], head["extension"], data[head_length:], head["facts"])
+        return Candidate(head["key"], head["extension"], data[head_length:], head["facts"],
+                         head["features"])  # fmt: skip
 
     def descriptors(self, indices: np.ndarray) -> np.ndarray:
         """Small grey versions of the images, uint8 [len(indices), 64]."""
@@ -111,6 +117,24 @@ class SamplePool:
         rgb = decode_rgb(Sample(found.key, {found.extension: found.image}), DESCRIPTOR_SIDE)
         return rgb.mean(axis=2).round().astype(np.uint8).ravel()
 
+    def features(self, indices: np.ndarray) -> np.ndarray:
+        """The value model's features, float32 [len(indices), D]. BadInput: none, or two sizes."""
+        found = [self.read(int(index)) for index in indices]
+        try:
+            return np.stack([unpack_features(sample.features or "") for sample in found])
+        except ValueError:
+            why = "its features are not those of the others"
+            raise BadInput(found[0].key, why, "Run `utilgen value score` again.") from None
+
+    def described(self, indices: np.ndarray, describe: Describe) -> np.ndarray:
+        """What `describe` makes of the images, [len(indices), D], 64 at a time."""
+        rows = [np.empty((0, 1), np.float32)]
+        for part in np.array_split(indices, -(-len(indices) // 64)) if len(indices) else ():
+            found = [self.read(int(index)) for index in part]
+            images = [decode_rgb(Sample(c.key, {c.extension: c.image})) for c in found]
+            rows.append(describe(images))
+        return np.concatenate(rows[1:] or rows)
+
     def close(self) -> None:
         """Give the disk space back."""
         self._file.close()
@@ -120,21 +144,6 @@ class SamplePool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _utility(sample: Sample) -> float:
-    if "utility.json" not in sample.members:
-        raise BadInput(
-            sample.key, "the samples have no utility.json", "Run `utilgen value score` first."
-        )
-    utility: Any = sample.parsed("utility.json").get("utility")
-    if type(utility) not in (int, float) or not math.isfinite(utility):
-        raise BadInput(
-            sample.key,
-            f"its utility is {utility!r}, not a number",
-            "Run `utilgen value score` again.",
-        )
-    return float(utility)
 
 
 def _hash64(data: bytes) -> int:

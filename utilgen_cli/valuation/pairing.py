@@ -12,21 +12,16 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ..runtime.errors import UsageError
 from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
-from .pair_pool import Candidate, SamplePool
+from .pair_pool import Candidate, Describe, SamplePool
+from .pair_strategies import STRATEGIES, Pairs, distinct_rows, wins
 
 LAYOUTS = ("utilgen", "pickapic")
-DUPLICATE_RMS = 4.0  # grey levels of 255 between two descriptors: closer is the same picture
-DUPLICATE_WINDOW = 64
-MATCH_BLOCK = 1024
-RANDOM_ROUNDS = 8
-
-Pairs = list[tuple[int, int]]  # (winner, loser), as positions in the pool
+MATCHES = ("auto", "value", "clip", "grey")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +30,9 @@ class PairingConfig:
 
     `quantile`: share of a group that can win, and the share that can lose (top-bottom, nearest).
     `min_margin`: least difference in utility. `max_per_class`: None is no limit.
+    `match`: what `nearest` compares: `value`, the features of the value model that scored the
+    samples; `clip`, what the callable given to `pair_samples` says; `grey`, 8 x 8 grey levels;
+    `auto`, value where all samples have such features, else grey.
     """
 
     strategy: str = "top-bottom"
@@ -43,12 +41,15 @@ class PairingConfig:
     max_per_class: int | None = None
     seed: int = 0
     layout: str = "utilgen"
+    match: str = "auto"
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise UsageError("--strategy", f"{self.strategy!r} is unknown", _one_of(STRATEGIES))
         if self.layout not in LAYOUTS:
             raise UsageError("--layout", f"{self.layout!r} is unknown", _one_of(LAYOUTS))
+        if self.match not in MATCHES:
+            raise UsageError("--match", f"{self.match!r} is unknown", _one_of(MATCHES))
         if not 0 < self.quantile <= 0.5:
             raise UsageError("--quantile", f"{self.quantile} is not in (0, 0.5]", "Use e.g. 0.25.")
         if not self.min_margin >= 0:
@@ -74,12 +75,14 @@ class PairingReport:
 
     classes: dict[int, ClassPairs] = field(default_factory=dict)
     margins: list[float] = field(default_factory=list)
+    matched_by: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
             "pairs": sum(c.pairs for c in self.classes.values()),
             "mean_margin": float(np.mean(self.margins)) if self.margins else None,
+            "matched_by": self.matched_by,
             "classes": {str(label): asdict(c) for label, c in sorted(self.classes.items())},
         }
 
@@ -89,6 +92,8 @@ class PairingReport:
         total = sum(c.pairs for c in made)
         counts = ", ".join(f"{c.name} {c.pairs}" for c in made)
         first = f"{total} pairs in {len(made)} of {len(self.classes)} classes"
+        if self.matched_by is not None:
+            first += f", matched by {MATCH_NAMES[self.matched_by]}"
         without = [c for c in self.classes.values() if not c.pairs]
         missing = [f"no pair in {c.name}: {c.why_none}" for c in without]
         return [f"{first} ({counts})" if counts else first, *missing]
@@ -99,25 +104,53 @@ def pair_samples(
     config: PairingConfig,
     report: PairingReport | None = None,
     progress: Progress = silent,
+    describe: Describe | None = None,
 ) -> Iterator[Sample]:
     """One pass over scored `samples`; then pairs, the best of every class first.
 
     A pair has the winner's key, `win.EXT`, `lose.EXT` (bytes unchanged), `cls` and `json`.
-    `report` is filled in. BadInput if a sample has no utility.
+    `report` is filled in. `describe`: images -> vectors, for `match` clip.
+    BadInput if a sample has no utility, or not the features that are asked for.
     """
     report = PairingReport() if report is None else report
     with SamplePool() as pool:
         pool.extend(samples, progress)
+        vectors = _matching(pool, config, report, describe)
         by_class = [
-            choose_class_pairs(pool, int(label), config, report) for label in np.unique(pool.label)
+            choose_class_pairs(pool, int(label), config, report, vectors)
+            for label in np.unique(pool.label)
         ]
         for round_of_pairs in zip_longest(*by_class):
             for pair in filter(None, round_of_pairs):
                 yield _pair_sample(pool, pair, config.layout)
 
 
+MATCH_NAMES = {"value": "the value model's features", "clip": "CLIP", "grey": "grey levels"}
+Vectors = Callable[[np.ndarray], np.ndarray]  # positions in the pool -> float [N, D]
+
+
+def _matching(
+    pool: SamplePool, config: PairingConfig, report: PairingReport, describe: Describe | None
+) -> Vectors | None:
+    """What `nearest` compares samples by; None is their grey levels (or no comparison)."""
+    if config.strategy != "nearest":
+        return None
+    match = config.match
+    if match == "auto":
+        match = "value" if pool.featured == len(pool) else "grey"
+    report.matched_by = match
+    if match == "clip":
+        assert describe is not None
+        return lambda indices: pool.described(indices, describe)
+    return pool.features if match == "value" else None
+
+
 def choose_class_pairs(
-    pool: SamplePool, label: int, config: PairingConfig, report: PairingReport
+    pool: SamplePool,
+    label: int,
+    config: PairingConfig,
+    report: PairingReport,
+    vectors: Vectors | None = None,
 ) -> Pairs:
     """Pairs of one class, best first, at most `max_per_class`."""
     members = np.flatnonzero(pool.label == label)
@@ -128,7 +161,7 @@ def choose_class_pairs(
     for group in _groups(pool.group, members):
         distinct = group[np.sort(np.unique(pool.digest[group], return_index=True)[1])]
         summary.duplicates += len(group) - len(distinct)
-        by_group.append(_choose_group_pairs(pool, distinct, config, summary))
+        by_group.append(_choose_group_pairs(pool, distinct, config, summary, vectors))
     pairs = [p for turn in zip_longest(*by_group) for p in turn if p is not None]
     pairs = pairs[: config.max_per_class]
     summary.pairs = len(pairs)
@@ -146,7 +179,11 @@ def _groups(group: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
 
 
 def _choose_group_pairs(
-    pool: SamplePool, group: np.ndarray, config: PairingConfig, summary: ClassPairs
+    pool: SamplePool,
+    group: np.ndarray,
+    config: PairingConfig,
+    summary: ClassPairs,
+    vectors: Vectors | None,
 ) -> Pairs:
     """Apply the strategy to one group of distinct files; `group` holds positions in the pool."""
     if len(group) < 2:
@@ -164,93 +201,11 @@ def _choose_group_pairs(
         descriptors = pool.descriptors(part)
         keep = distinct_rows(descriptors)
         summary.duplicates += int((~keep).sum())
-        described.append((part[keep], descriptors[keep]))
+        part = part[keep]
+        described.append((part, vectors(part) if vectors else descriptors[keep]))
     pairs = strategy(*described[0], *described[1], pool.utility, config.min_margin, rng)
     margins = ((w, o, pool.utility[w] - pool.utility[o]) for w, o in pairs)
-    return [(w, o) for w, o, margin in margins if _wins(margin, config.min_margin)]
-
-
-def distinct_rows(descriptors: np.ndarray) -> np.ndarray:
-    """Mask of rows (uint8 [N, D], best first) that are not nearly equal to a better row.
-
-    Rows are compared with their 64 neighbours in order of mean grey level: linear in N.
-    """
-    values = descriptors.astype(np.float32)
-    order = np.argsort(values.mean(axis=1), kind="stable")
-    keep = np.ones(len(values), bool)
-    limit = DUPLICATE_RMS**2
-    for shift in range(1, min(DUPLICATE_WINDOW, len(values) - 1) + 1):
-        a, b = order[:-shift], order[shift:]
-        near = np.square(values[a] - values[b]).mean(axis=1) < limit
-        keep[np.maximum(a, b)[near]] = False
-    return keep
-
-
-Strategy = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, np.random.Generator], Pairs
-]
-
-
-def top_bottom(
-    high: np.ndarray, high_rows: np.ndarray, low: np.ndarray, low_rows: np.ndarray,
-    utility: np.ndarray, min_margin: float, rng: np.random.Generator,
-) -> Pairs:  # fmt: skip
-    """The best against the worst, the second best against the second worst, ..."""
-    return list(zip(high.tolist(), low.tolist(), strict=False))
-
-
-def nearest(
-    high: np.ndarray, high_rows: np.ndarray, low: np.ndarray, low_rows: np.ndarray,
-    utility: np.ndarray, min_margin: float, rng: np.random.Generator,
-) -> Pairs:  # fmt: skip
-    """High and low matched at least total distance between descriptors; the closest pair first.
-
-    Large groups are cut at random into blocks of 1,024, so that time stays linear.
-    """
-    found: list[tuple[float, int, int]] = []
-    blocks = -(-max(len(high), len(low)) // MATCH_BLOCK)
-    for i, j in zip(_deal(len(high), blocks, rng), _deal(len(low), blocks, rng), strict=True):
-        a, b = high_rows[i].astype(np.float32), low_rows[j].astype(np.float32)
-        squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-        cost = np.sqrt(np.maximum(squared, 0))  # [len(i), len(j)]
-        for r, c in zip(*linear_sum_assignment(cost), strict=True):
-            found.append((float(cost[r, c]), int(high[i[r]]), int(low[j[c]])))
-    return [(win, lose) for _, win, lose in sorted(found)]
-
-
-def random_margin(
-    high: np.ndarray, high_rows: np.ndarray, low: np.ndarray, low_rows: np.ndarray,
-    utility: np.ndarray, min_margin: float, rng: np.random.Generator,
-) -> Pairs:  # fmt: skip
-    """Random pairs of all samples (`high`) whose utilities differ by the margin."""
-    pairs: Pairs = []
-    rest = high
-    for _ in range(RANDOM_ROUNDS):
-        rest = rng.permutation(rest)
-        half = len(rest) // 2
-        a, b = rest[:half], rest[half : 2 * half]
-        wins = _wins(np.abs(utility[a] - utility[b]), min_margin)
-        first = utility[a] > utility[b]
-        winners, losers = np.where(first, a, b)[wins], np.where(first, b, a)[wins]
-        pairs += zip(winners.tolist(), losers.tolist(), strict=True)
-        rest = np.concatenate([a[~wins], b[~wins], rest[2 * half :]])
-    return pairs
-
-
-STRATEGIES: dict[str, tuple[Strategy, bool]] = {  # name: (how, takes the top and the bottom apart)
-    "top-bottom": (top_bottom, True),
-    "random-margin": (random_margin, False),
-    "nearest": (nearest, True),
-}
-
-
-def _deal(count: int, hands: int, rng: np.random.Generator) -> list[np.ndarray]:
-    return np.array_split(rng.permutation(count), hands)
-
-
-def _wins(margin: Any, min_margin: float) -> Any:
-    """A margin counts if it reaches the least one and is not nothing."""
-    return (margin >= min_margin) & (margin > 0)
+    return [(w, o) for w, o, margin in margins if wins(margin, config.min_margin)]
 
 
 def _why_none(pool: SamplePool, members: np.ndarray, config: PairingConfig) -> str:

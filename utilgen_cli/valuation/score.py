@@ -13,6 +13,7 @@ from torch import Tensor
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_rgb
 from ..shards.sample import Sample, encode_json
+from ..shards.scores import pack_features
 from .baselines import check_method, values_of
 from .neighbours import Memory
 from .value_model import Judgement, ValueModel
@@ -36,7 +37,8 @@ class ClassSummary:
         self.right += facts["predicted"] == label
         self.duplicates += facts["nearest"] < self.duplicate_distance
         for name in ("utility", "loss", "disagreement"):
-            self.sums[name] = self.sums.get(name, 0.0) + facts[name]
+            if facts[name] is not None:
+                self.sums[name] = self.sums.get(name, 0.0) + facts[name]
 
     def row(self) -> dict[str, Any]:
         """Means and shares."""
@@ -44,6 +46,7 @@ class ClassSummary:
         means = {name: round(total / n, 4) for name, total in self.sums.items()}
         return {
             "samples": self.samples,
+            "disagreement": None,
             **means,
             "agreement": round(self.right / n, 4),
             "duplicates": round(self.duplicates / n, 4),
@@ -54,7 +57,9 @@ class Scorer:
     """A stage: samples in, the same samples with `utility.json` out, in order; memory is flat.
 
     `nearest` looks among the real images and the last 4,096 samples of the same shard (or stream),
-    so that a resumed run writes the same bytes.
+    so that a resumed run writes the same bytes. `passes` members judge each sample: what it
+    trained on, that of its fold alone. One costs what a plain inference pass does, and was measured
+    as good as nine; only two or more can disagree.
     """
 
     def __init__(
@@ -63,8 +68,10 @@ class Scorer:
         method: str = "weight-net",
         batch_size: int = 256,
         progress: Progress = silent,
+        passes: int = 1,
     ) -> None:
         self.value, self.method, self.batch_size = value, check_method(method), batch_size
+        self.passes = passes
         self.progress = progress
         self.classes: dict[int, ClassSummary] = {}
 
@@ -82,8 +89,10 @@ class Scorer:
                 judged, labels = self._judge(batch)
                 facts = self._facts(judged, labels, memory.nearest(judged.features))
                 task.advance(len(batch))
+                packed = pack_features(judged.features.cpu().numpy())
                 for i, (sample, entry) in enumerate(zip(batch, facts, strict=True)):
                     self._count(sample.label, entry)
+                    entry["features"] = packed[i]
                     yield sample.with_member(UTILITY, encode_json(entry)), judged.features[i].cpu()
 
     def _count(self, label: int, facts: dict[str, Any]) -> None:
@@ -97,7 +106,7 @@ class Scorer:
         arrays = [torch.from_numpy(decode_rgb(s, self.value.size).copy()) for s in batch]
         images = torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([s.label for s in batch])
-        return self.value.judge_pixels(images, labels, self.batch_size), labels
+        return self.value.judge_pixels(images, labels, self.batch_size, self.passes), labels
 
     def _facts(self, judged: Judgement, labels: Tensor, nearest: Tensor) -> list[dict[str, Any]]:
         """The content of `utility.json` of each sample."""
@@ -111,6 +120,7 @@ class Scorer:
         return [
             {
                 **{name: float(f"{x:.6g}") for name, x in zip(FIELDS, row, strict=True)},
+                **({"disagreement": None} if self.passes == 1 else {}),
                 "predicted": p,
                 "method": self.method,
             }

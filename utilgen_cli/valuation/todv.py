@@ -31,9 +31,9 @@ from ..runtime.checkpoint import (
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed, step_generator
-from .bilevel import META_GRADIENTS, Batch, commit_buffers, sample_losses
+from .bilevel import META_GRADIENTS, Batch, InnerStep, inner_step, take_step
 from .pool import PLANTED, REAL, SYNTHETIC, VALIDATION, Pool
-from .weight_net import WeightNet, normalised
+from .weight_net import WeightNet
 
 ROLES = {"real": REAL, "validation": VALIDATION, "synthetic": SYNTHETIC, "planted": PLANTED}
 
@@ -44,13 +44,13 @@ class ValueConfig:
 
     arch: str = "small-cnn"
     pretrained: bool = False
-    steps: int = 300  # steps of each classifier
+    steps: int = 400  # steps of each classifier
     batch_size: int = 64
-    folds: int = 3  # classifiers; 1 is the published method with in-sample losses
+    folds: int = 5  # classifiers; 1 is the published method with in-sample losses
     snapshots: int = 3  # points of the trajectory that scoring averages over
     warmup: float = 0.2  # share of the steps before the held-out losses say anything
-    real_share: float = 0.5  # of a batch
-    lr: float = 2e-3
+    real_share: float = 0.75  # of a batch; generated ones are often wrongly labelled
+    lr: float = 4e-3
     eta: float = 0.05  # rate of the virtual SGD step
     weight_lr: float = 1e-3  # Adam rate of W; above it W was seen to turn over
     meta_every: int = 3  # inner steps per outer step
@@ -85,7 +85,7 @@ class Trajectory:
             build_classifier(
                 config.arch, len(pool.classes), image_size, config.pretrained,
                 seed=derive_seed("theta", seed, k),
-            ).to(device).train()
+            ).to(device).to(memory_format=torch.channels_last).train()  # a fifth faster on a CPU
             for k in range(config.folds)
         ]  # fmt: skip
         self.optimizers = [make_optimizer(model, config.inner()) for model in self.models]
@@ -121,34 +121,29 @@ class Trajectory:
 
     def _advance_one(self, k: int) -> None:
         batch, at = self._batch(k)
-        losses, buffers = self._losses(k, batch, at)
-        shown = self.shown[at].to(self.device) if self.cross_fit else losses.detach()
-        with torch.no_grad():
-            w = normalised(self.weight_net(shown))
+        shown = self.shown[at].to(self.device) if self.cross_fit else None
+        inner = self._inner(k, batch, shown)
         for group in self.optimizers[k].param_groups:
             group["lr"] = learning_rate(self.step, self.config.inner())
-        self.optimizers[k].zero_grad()
-        (w @ losses).backward()
-        self.optimizers[k].step()
-        commit_buffers(self.models[k], buffers)
+        take_step(self.models[k], self.optimizers[k], inner)
         if not self.cross_fit:
-            self.weight_net.see(shown)
+            self.weight_net.see(inner.losses)
 
-    def _losses(self, k: int, batch: Batch, at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses of the batch with their graph, after an outer step where one is due."""
+    def _inner(self, k: int, batch: Batch, shown: Tensor | None) -> InnerStep:
+        """The gradient of theta_k; an outer step of phi is taken where one is due."""
         noise = derive_seed("noise", self.seed, self.step, k)
         warm = self.step >= self.config.warmup * self.config.steps
         if not warm or (self.step + k) % self.config.meta_every:
-            return sample_losses(self.models[k], batch, noise)
+            return inner_step(self.models[k], self.weight_net, batch, shown, noise)
         meta = META_GRADIENTS[self.config.meta_gradient](
             self.models[k], self.weight_net, batch, self._validation(k), self.config.eta,
-            self.shown[at].to(self.device) if self.cross_fit else None, noise,
+            shown, noise,
         )  # fmt: skip
         for p, g in zip(self.weight_net.parameters(), meta.phi_gradient, strict=True):
             p.grad = g
         self.weight_optimizer.step()
         self.outer = meta.val_loss
-        return meta.losses, meta.buffers
+        return meta.inner
 
     def _batch(self, k: int) -> tuple[Batch, Tensor]:
         draws = step_generator(self.seed, self.step, f"batch {k}")
@@ -166,7 +161,8 @@ class Trajectory:
         x = to_float(self.pool.images[at])
         if draws is not None and self.config.augment:
             x = augment(x, draws)
-        return x.to(self.device), self.pool.labels[at].to(self.device)
+        x = x.to(self.device, memory_format=torch.channels_last)
+        return x, self.pool.labels[at].to(self.device)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -260,7 +256,7 @@ def train_trajectory(
     if saved is not None:
         run.restore(*saved)
     last = time.monotonic()
-    with progress("value train", config.steps) as task:
+    with progress("value train", config.steps) as task, signals.deferred():
         task.advance(run.step)
         while run.step < config.steps:
             run.advance()

@@ -7,6 +7,7 @@ read. Utility and logit are differentiable with respect to the images.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,35 +118,53 @@ class ValueModel(nn.Module):
             return torch.full((len(images_u8),), -1)
         return torch.tensor([self._known.get(h, -1) for h in pixel_hash(images_u8)])
 
-    def judge(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Judgement:
-        """Ask every member that may speak: all, or for `folds` [B] >= 0 that fold's alone."""
-        votes = _Votes(len(images_bchw), len(self.classes), next(self.parameters()))
-        for s, snapshot in enumerate(cast(Any, self.snapshots)):
-            for k, classifier in enumerate(snapshot.classifiers):
+    def judge(
+        self,
+        images_bchw: Tensor,
+        labels: Tensor,
+        folds: Tensor | None = None,
+        passes: int | None = None,
+    ) -> Judgement:
+        """Ask the members that may speak: all, or for `folds` [B] >= 0 that fold's alone.
+
+        With `passes` only so many of them: the end of the trajectory first.
+        """
+        n = len(images_bchw)
+        votes = _Votes(n, len(self.classes), next(self.parameters()))
+        left = torch.full((n,), passes or len(self.snapshots) * self.folds)
+        for s in reversed(range(len(self.snapshots))):
+            snapshot = cast(Snapshot, self.snapshots[s])
+            for k, classifier in enumerate(cast(list[Classifier], snapshot.classifiers)):
                 keeps_features = k == 0 and s == len(self.snapshots) - 1
-                at = self._speaks_for(k, len(images_bchw), folds)
-                seen = torch.arange(len(images_bchw)) if keeps_features else at
-                if len(seen) == 0:
+                may = self._may_speak(k, n, folds) & (left > 0)
+                seen = torch.ones_like(may) if keeps_features else may
+                if not bool(seen.any()):
                     continue
                 features = classifier.features(images_bchw[seen])
                 if keeps_features:
                     votes.features = F.normalize(features, dim=1)
-                    features = features[at]
-                if len(at):
+                    features = features[may]
+                if bool(may.any()):
                     gradient = self.reference.get(f"gradient.{s}.{k}")
+                    at = torch.nonzero(may)[:, 0]
                     votes.add(at, classifier, snapshot.weight_net, features, labels, gradient)
+                    left -= may.long()
         return votes.result()
 
-    def _speaks_for(self, fold: int, n: int, folds: Tensor | None) -> Tensor:
+    def _may_speak(self, fold: int, n: int, folds: Tensor | None) -> Tensor:
         if folds is None or self.folds == 1:
-            return torch.arange(n)
-        return torch.nonzero((folds == fold) | (folds < 0))[:, 0]
+            return torch.ones(n, dtype=torch.bool)
+        return (folds == fold) | (folds < 0)
 
     @torch.no_grad()
-    def judge_pixels(self, images_u8: Tensor, labels: Tensor, batch_size: int = 256) -> Judgement:
+    def judge_pixels(
+        self, images_u8: Tensor, labels: Tensor, batch_size: int = 256, passes: int | None = None
+    ) -> Judgement:
         """Held-out judgements of uint8 images: no classifier judges what it trained on."""
         parts = [
-            self.judge(to_float(x.to(self.device)), y.to(self.device), self.held_out_folds(x))
+            self.judge(
+                to_float(x.to(self.device)), y.to(self.device), self.held_out_folds(x), passes
+            )
             for x, y in zip(images_u8.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return Judgement(*(torch.cat([getattr(p, f) for p in parts]) for f in _FIELDS))
@@ -221,6 +240,8 @@ def load_value(
     """
     directory = Path(path)
     facts = read_facts(directory)
+    if not is_sound(facts):
+        raise BadInput(str(directory / VALUE_JSON), "not a value model", "Train it again.")
     if verdict(facts["canary"]["auroc"]) == "inverted" and not force:
         raise UtilgenError(
             str(directory), f"ranks wrong labels above right ones (canary AUROC "
@@ -228,7 +249,11 @@ def load_value(
         )  # fmt: skip
     snapshots = [read_snapshot(directory, entry) for entry in facts["snapshots"]]
     reference = {k: t.to(device) for k, t in _read_tensors(directory / REFERENCE).items()}
-    return ValueModel(snapshots, facts, reference).to(device)
+    model = ValueModel(snapshots, facts, reference).to(device)
+    for name, tensor in {**model.state_dict(), **reference}.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadInput(str(directory), f"{name} is not finite", "Train it again.")
+    return model
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
@@ -246,10 +271,33 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return cast(dict[str, Any], facts)
 
 
+def is_sound(facts: dict[str, Any]) -> bool:
+    """True if what loading needs is there, and no file lies outside of the directory."""
+    try:
+        files = [n for e in facts["snapshots"] for n in (e["weight_net"], *e["classifiers"])]
+        figures = [facts["transform"]["size"], facts["duplicate_distance"]]
+        auroc, names = facts["canary"]["auroc"], facts["classes"]
+        return (
+            type(names) is list
+            and all(type(name) is str for name in names)
+            and bool(files)
+            and all(re.fullmatch(r"([\w-]+/)?[\w-]+\.safetensors", n) for n in files)
+            and all(type(x) in (int, float) and 0 < x < 1e5 for x in figures)
+            and (auroc is None or type(auroc) in (int, float))
+        )
+    except (KeyError, TypeError):
+        return False
+
+
 def read_snapshot(directory: Path, entry: dict[str, Any]) -> Snapshot:
+    """A snapshot by its entry in value.json. BadInput: a file holds something else."""
     tensors = _read_tensors(directory / entry["weight_net"])
-    net = WeightNet(len(tensors["hidden.bias"]))
-    net.load_state_dict(tensors)
+    try:
+        net = WeightNet(len(tensors["hidden.bias"]))
+        net.load_state_dict(tensors)
+    except (KeyError, RuntimeError, TypeError):
+        where = str(directory / entry["weight_net"])
+        raise BadInput(where, "not a weight network", "Train the value model again.") from None
     return Snapshot([load_classifier(directory / name) for name in entry["classifiers"]], net)
 
 

@@ -1,0 +1,194 @@
+"""`dpo` beside diffusers' research script train_diffusion_dpo.py: the same model, pairs and steps.
+
+    python -m tests.benchmarks dpo_peer --script PATH/train_diffusion_dpo.py [--pairs-a-step 4]
+
+The script is run as it is, from examples/research_projects/diffusion_dpo of huggingface/diffusers;
+it needs datasets, wandb, tensorboard and pyarrow. The model is Stable Diffusion 2.1 with random
+weights and an eighth of every width. Both sides run as processes of their own, in turn; a step's
+time is the difference of a long and a short run, so that start-up does not count (with our
+encoding of every image, once), one look at the held-out pairs does. On a machine that others use,
+the processor time of one thread is what an idle machine's clock would show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utilgen_cli.runtime.files import encode_json
+from utilgen_cli.shards.sample import Sample
+from utilgen_cli.shards.writer import write_shard
+
+from .harness import record
+
+SIZE, PAIRS, SHORT, LONG, REPEATS, RANK = 256, 24, 2, 10, 2, 16
+
+
+@dataclass
+class Side:
+    """Processor and clock seconds of every (short, long) run, and the highest memory in MiB."""
+
+    command: list[str]
+    imports: list[str]
+    processor: list[tuple[float, float]] = field(default_factory=list)
+    clock: list[tuple[float, float]] = field(default_factory=list)
+    mebibytes: float = 0.0
+    imported: float = 0.0
+
+    def per_step(self, runs: list[tuple[float, float]]) -> float:
+        return median((long - short) / (LONG - SHORT) for short, long in runs)
+
+
+def run(command: list[str], log: Path) -> tuple[float, float, float]:
+    """(processor seconds, clock seconds, peak MiB) of a process that must succeed."""
+    start = time.monotonic()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command} failed:\n{log.read_text()[-3000:]}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024
+
+
+def make_model(path: Path) -> None:
+    """Stable Diffusion 2.1, every width divided by eight, random weights."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ..random_bundle import make_scheduler, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    vocabulary = len(tokenizer)
+    text = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=23,
+        num_attention_heads=2, max_position_embeddings=40, bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 8, block_out_channels=(40, 80, 160, 160), cross_attention_dim=128,
+        attention_head_dim=(5, 10, 20, 20), norm_num_groups=8, use_linear_projection=True,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8,
+        sample_size=SIZE, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        scheduler=make_scheduler("v_prediction"), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)  # fmt: skip
+    (path / "utilgen.json").write_text(encode_json({"size": SIZE, "classes": ["a"]}).decode())
+
+
+def make_pairs(path: Path) -> None:
+    """The same noise pictures as our shards, and as the Parquet file that the script reads."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(PAIRS):
+        sides = []
+        for high in (256, 100):
+            out = io.BytesIO()
+            Image.fromarray(rng.integers(0, high, (SIZE, SIZE, 3), np.uint8)).save(out, "JPEG")
+            sides.append(out.getvalue())
+        rows.append({"jpg_0": sides[0], "jpg_1": sides[1], "label_0": 1, "caption": f"{i % 10}"})
+    samples = (
+        Sample(f"{i:06d}", {"win.jpg": row["jpg_0"], "lose.jpg": row["jpg_1"], "cls": b"0",
+                            "json": encode_json({"prompt": row["caption"]})})
+        for i, row in enumerate(rows)
+    )  # fmt: skip
+    (path / "ours").mkdir()
+    (path / "theirs").mkdir()
+    write_shard(path / "ours" / "00000.tar", samples)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path / "theirs" / "train-00000.parquet")
+
+
+def make_sides(script: str, work: Path, batch: int) -> dict[str, Side]:
+    """The peer, and ours with the whole batch at once or in halves."""
+    model, python = str(work / "model"), sys.executable
+    peer = [
+        python, script, "--pretrained_model_name_or_path", model, "--dataset_name",
+        str(work / "theirs"), "--dataset_split_name", "train", "--output_dir", str(work / "peer"),
+        "--cache_dir", str(work / "cache"), "--resolution", str(SIZE), "--no_hflip", "--rank",
+        str(RANK), "--train_batch_size", str(batch), "--lr_warmup_steps", "0", "--seed", "0",
+        "--max_train_steps",
+    ]  # fmt: skip
+    imports = "import utilgen_cli.diffusion.preference_run, peft, diffusers.loaders;"
+    imports += "from diffusers import StableDiffusionPipeline"
+
+    def ours(*options: str) -> list[str]:
+        return [
+            python, "-m", "utilgen_cli", "dpo", str(work / "ours"), "-m", model, "--overwrite",
+            "-o", str(work / "out"), "-q", "--rank", str(RANK), *options, "--steps",
+        ]  # fmt: skip
+
+    halves = ours("--batch-size", str(batch // 2), "--gradient-accumulation", "2")
+    return {
+        "train_diffusion_dpo.py": Side(peer, [python, script, "--help"]),
+        "utilgen dpo": Side(ours("--batch-size", str(batch)), [python, "-c", imports]),
+        "utilgen dpo, the batch in halves": Side(halves, [python, "-c", imports]),
+    }
+
+
+def table(sides: dict[str, Side]) -> str:
+    """Ratios are to the peer: speed, and memory above what importing the libraries takes."""
+    peer = next(iter(sides.values()))
+    lines = [
+        "| side | processor s/step | steps/s | speed | peak MiB | above imports | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, side in sides.items():
+        step, above = side.per_step(side.processor), side.mebibytes - side.imported
+        lines.append(
+            f"| {name} | {step:.3f} | {1 / step:.2f} | {peer.per_step(peer.processor) / step:.2f} "
+            f"| {side.mebibytes:.0f} | {above:.0f} | "
+            f"{above / (peer.mebibytes - peer.imported):.2f} |"
+        )
+    clocks = ", ".join(f"{name} {side.per_step(side.clock):.3f}" for name, side in sides.items())
+    return "\n".join([*lines, "", f"Clock seconds a step: {clocks}."])
+
+
+def main(options: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser("dpo_peer")
+    parser.add_argument("--script", required=True, help="diffusers' train_diffusion_dpo.py")
+    parser.add_argument("--pairs-a-step", type=int, default=4)
+    chosen = parser.parse_args(options)
+    batch = chosen.pairs_a_step
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        make_model(work / "model")
+        make_pairs(work)
+        sides = make_sides(chosen.script, work, batch)
+        for side in sides.values():
+            side.imported = run(side.imports, work / "log")[2]
+        for repeat in range(REPEATS):
+            for label, side in sides.items():
+                short, long = (run([*side.command, str(n)], work / "log") for n in (SHORT, LONG))
+                side.processor.append((short[0], long[0]))
+                side.clock.append((short[1], long[1]))
+                side.mebibytes = max(side.mebibytes, long[2])
+                print(repeat, label, short, long, file=sys.stderr, flush=True)
+        title = f"dpo beside diffusers' script: SD 2.1 at an eighth of its widths, {SIZE} px, "
+        record(title + f"{batch} pairs a step", table(sides))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,87 @@
+"""The state of a classifier's training, kept at a stop signal and now and then, and taken up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import signals
+from ..runtime.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+SAVE_EVERY = 60.0  # seconds
+
+
+@dataclass
+class Training:
+    """What a step changes, but for the order of the batches: that depends on the step alone."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)  # of the looks at validation
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0  # of the processes before this one
+
+    def save(self, path: Path, seconds: float, draws: torch.Generator) -> None:
+        """Write everything, `draws` (of the augmentation) and torch's own generator included."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
+        tensors |= optimizer_tensors(self.optimizer)
+        tensors |= {"draws": draws.get_state(), "noise": torch.get_rng_state()}
+        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
+        meta = {"step": self.step, "best": self.best, "seconds": seconds,
+                "scaler": self.scaler.state_dict()}  # fmt: skip
+        save_checkpoint(path, tensors, meta)
+
+    def load(self, path: Path) -> Tensor | None:
+        """Go on where `path` was saved, if it was; the state of `draws` there."""
+        found = load_checkpoint(path)
+        if found is None:
+            return None
+        tensors, meta = found
+        self.model.load_state_dict(_under(tensors, "model."))
+        restore_optimizer(self.optimizer, tensors)
+        if meta["scaler"]:
+            self.scaler.load_state_dict(meta["scaler"])
+        self.losses = list(tensors["losses"].to(next(self.model.parameters()).device))
+        self.best, self.best_state = meta["best"], _under(tensors, "best.")
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        torch.set_rng_state(tensors["noise"])
+        return tensors["draws"]
+
+
+class Keeper:
+    """Saves a training every minute and where a signal asks for it, which then stops it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.start = path, time.monotonic()
+        self.last = self.start
+
+    def seconds(self, training: Training) -> float:
+        """Spent on the training so far."""
+        return training.seconds + time.monotonic() - self.start
+
+    def look(self, training: Training, draws: torch.Generator) -> None:
+        """Save where it is due. Stopped: a signal came, and the state is saved."""
+        if self.path is None:
+            return
+        if signals.stop_requested() or time.monotonic() - self.last > SAVE_EVERY:
+            training.save(self.path, self.seconds(training), draws)
+            signals.check()
+            self.last = time.monotonic()
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
