@@ -8,8 +8,12 @@ import sys
 import tarfile
 from pathlib import Path
 
-from .conftest import Run, make_sample, tar_bytes
+from utilgen_cli.diffusion.bundle import find_model
+
+from .conftest import DATA, Run, make_sample, tar_bytes
 from .test_pairing_strategies import picture, scored
+
+TINY = find_model("tiny")
 
 
 def scored_tar() -> bytes:
@@ -69,3 +73,26 @@ def test_pairs_does_not_wait_for_torch(utilgen: Run, bash: Run, tmp_path: Path) 
     (tmp_path / "run.py").write_text(code)
     assert bash(f"{sys.executable} run.py").returncode == 0
     assert (tmp_path / "p" / "00000.tar").exists()
+
+
+def test_nearest_by_clip_and_its_refusals(utilgen: Run, tmp_path: Path) -> None:
+    (tmp_path / "scored.tar").write_bytes(scored_tar())
+    nearest = ["pairs", "scored.tar", "--strategy", "nearest"]
+    clip = TINY / "open_clip"
+    done = utilgen(*nearest, "--clip", clip, "-o", "p", "--json")
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["pairs"] == 4 and summary["matched_by"] == "clip"
+    for options, says in (
+        (["--match", "clip"], b"Add --clip"), (["--match", "x"], b"Use one of auto, value"),
+        (["--match", "grey", "--clip", "y"], b"Leave it out"),
+    ):  # fmt: skip
+        failed = utilgen(*nearest, *options, check=False)
+        assert failed.returncode == 2 and says in failed.stderr
+
+
+def test_value_score_writes_what_nearest_compares(utilgen: Run, tmp_path: Path) -> None:
+    utilgen("value", "train", "--real", DATA / "real", "--smoke", "-o", "value")
+    utilgen("value", "score", DATA / "real", "--force", "-o", "scored")
+    done = utilgen("pairs", "scored", "--strategy", "nearest", "-o", "p", "--json")
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["pairs"] >= 20 and summary["matched_by"] == "value"

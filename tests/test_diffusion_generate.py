@@ -16,10 +16,13 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from utilgen_cli.diffusion import ddim, render
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator, known_classes, model_named
+from utilgen_cli.diffusion.noise import NoiseConfig
 from utilgen_cli.diffusion.policy import Policy
+from utilgen_cli.diffusion.utilisation import image_flops
 from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.sample import Sample
 
@@ -157,6 +160,27 @@ def test_a_policy_for_other_classes_is_refused(
     Policy(generator.embeds[:, None], ["x", "y", "z"], generator.prompts).save(tmp_path)
     with pytest.raises(BadInput, match="other classes"):
         Generator(GenerateConfig(str(bundle), policy=tmp_path), **CPU)
+
+
+def test_a_policy_that_inverts_every_step_needs_ddim(
+    bundle: Path, tmp_path: Path, generator: Generator
+) -> None:
+    noise = NoiseConfig("zigzag")
+    Policy(generator.embeds[:, None], CLASSES, generator.prompts, noise).save(tmp_path)
+    with pytest.raises(UsageError, match="inverts with DDIM, not unipc"):
+        Generator(GenerateConfig(str(bundle), policy=tmp_path, sampler="unipc"), **CPU)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_operations_of_an_image_are_those_of_drawing_it(
+    generator: Generator, scale: float
+) -> None:
+    model = generator.model
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        noise = ddim.initial_noise(model, 0, [(0, 0)])
+        cond = generator.embeds[:1]
+        model.decode(ddim.sample(model, noise, cond, generator.uncond, 4, scale))
+    assert image_flops(model, 4, scale) == counted.get_total_flops() > 1e6
 
 
 def test_tokens_a_prompt_and_a_scale_change_the_picture(

@@ -16,13 +16,9 @@ from PIL import Image
 from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.sample import Sample, encode_json
-from utilgen_cli.valuation.pairing import (
-    STRATEGIES,
-    PairingConfig,
-    PairingReport,
-    distinct_rows,
-    pair_samples,
-)
+from utilgen_cli.shards.scores import pack_features, unpack_features
+from utilgen_cli.valuation.pair_strategies import STRATEGIES, distinct_rows
+from utilgen_cli.valuation.pairing import PairingConfig, PairingReport, pair_samples
 
 from .conftest import tar_bytes
 
@@ -128,6 +124,64 @@ def test_nearest_matches_pictures_and_top_bottom_does_not() -> None:
 
     assert same_pose("nearest") == 10
     assert same_pose("top-bottom") < 5
+
+
+def posed(seed: int = 0) -> list[Sample]:
+    """Twelve samples whose pictures say nothing; `features` put high with low by number."""
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((6, 40)).astype(np.float32)
+    samples = []
+    for number in range(6):
+        for side in (0, 1):
+            row = directions[number] + 0.1 * rng.standard_normal(40)
+            (packed,) = pack_features(row[None])
+            made = scored(f"pose{number}-{side}", side / 2 + rng.random() / 4)
+            score = made.parsed("utility.json") | {"features": packed}
+            samples.append(made.with_member("utility.json", encode_json(score)))
+    return samples
+
+
+def matches(made: list[Sample]) -> int:
+    return sum(s.facts["win_key"][:5] == s.facts["lose_key"][:5] for s in made)
+
+
+def test_nearest_matches_the_features_of_the_value_model() -> None:
+    made, report = pair(posed(), strategy="nearest", quantile=0.5)
+    assert matches(made) == len(made) == 6
+    assert "matched by the value model's features" in report.lines()[0]
+    made, report = pair(posed(), strategy="nearest", quantile=0.5, match="grey")
+    assert matches(made) < 5 and report.matched_by == "grey"
+    bare = scored("bare", 0.9)
+    assert pair([*posed(), bare], strategy="nearest")[1].matched_by == "grey"
+    with pytest.raises(BadInput, match="value score"):
+        pair([*posed(), bare], strategy="nearest", match="value")
+
+
+def test_nearest_matches_what_clip_says() -> None:
+    """Here a stand-in for CLIP that looks at one pixel; the pictures of a pose share it."""
+    samples = []
+    for number in range(6):
+        for side in (0, 1):
+            rgb = picture(100 + 2 * number + side)
+            rgb[0, 0] = 40 * number
+            samples.append(scored(f"pose{number}-{side}", side / 2 + number / 100, rgb=rgb))
+
+    def pixel(images: list[np.ndarray]) -> np.ndarray:
+        return np.stack([image[0, 0, :1].astype(np.float32) for image in images])
+
+    config = PairingConfig("nearest", quantile=0.5, match="clip")
+    made = list(pair_samples(samples, config, describe=pixel))
+    assert matches(made) == len(made) == 6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 9))
+def test_packed_features_keep_their_distances(width: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).standard_normal((2, width)).astype(np.float32)
+    a, b = (unpack_features(text) for text in pack_features(rows))
+    assert len(a) == min(width, 64)
+    ratio = np.linalg.norm(a - b) / np.linalg.norm(rows[0] - rows[1])
+    assert ratio == pytest.approx(1, abs=0.01 if width <= 64 else 0.45)
 
 
 def test_random_margin_pairs_depend_on_the_seed_and_use_what_they_can() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -122,22 +123,24 @@ def _falling(search: PromptSearch):  # type: ignore[no-untyped-def]
     return evaluate
 
 
+@pytest.mark.parametrize("iteration", [2, 3], ids=["at an evaluation", "between two"])
 def test_a_stopped_run_ends_with_the_same_prompts(
-    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ) -> None:
     """Stopped at a signal and run again: bit for bit what one run gives."""
     whole = search_of(model).run()
-    checkpoint, asked = tmp_path / "checkpoint.safetensors", []
+    checkpoint, asked = tmp_path / "checkpoint.safetensors", count()
 
     def check() -> None:
-        asked.append(1)
-        if len(asked) == 2:
-            raise Stopped("TERM", "stopped with its state saved")
+        raise Stopped("TERM", "stopped with its state saved")
 
-    monkeypatch.setattr(signals, "check", check)
-    with pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(signals, "stop_requested", lambda: next(asked) == iteration)
+        patch.setattr(signals, "check", check)
         search_of(model).run(checkpoint)
     second = search_of(model)
+    second.resume(checkpoint)
+    assert second.state.iteration == iteration
     torch.testing.assert_close(second.run(checkpoint), whole, rtol=0, atol=0)
     assert [row["iteration"] for row in second.state.history] == [0, 2, 4, 6]
 

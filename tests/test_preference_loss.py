@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.func import functional_call
 from utilgen_cli.diffusion.finetune_config import Draw
 from utilgen_cli.diffusion.load import LatentDiffusion, load_model
 from utilgen_cli.diffusion.lora import UNET_TARGETS, add_lora
-from utilgen_cli.diffusion.pair_data import PairData
+from utilgen_cli.diffusion.pair_data import Preferences
 from utilgen_cli.diffusion.preference import (
     Denoisers,
     PreferenceObjective,
@@ -43,10 +44,10 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_bundle(tmp_path_factory.mktemp("bundle"), prediction_type=request.param)
 
 
-def made_pairs(variants: int = 2) -> PairData:
+def made_pairs(variants: int = 2) -> Preferences:
     """Three pairs of two prompts; the mirrored variant is other noise, so that mix-ups show."""
     latents = torch.randn(3, 2, variants, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    return PairData(latents.double(), ["a", "b"], torch.tensor([0, 1, 0]), "made")
+    return Preferences(latents.double(), ["a", "b"], torch.tensor([0, 1, 0]), "made")
 
 
 def made_draw() -> Draw:
@@ -154,6 +155,49 @@ def test_lora_equals_the_oracle_with_w_plus_ba(bundle: Path, loss: str) -> None:
     assert_equal(value, got, want, [p.grad for p in low.values()])
 
 
+def test_kto_of_single_images_equals_the_oracle(bundle: Path) -> None:
+    """Each image by itself, against the batch's mean reward; both signs weigh the same in all."""
+    model = load_model(str(bundle))
+    plain = load_model(str(bundle)).unet.double()
+    denoisers = full_denoisers(model.unet)
+    denoisers.psi.double()
+    denoisers.reference.double()
+    disturb(denoisers.parameters)
+    objective = objective_for(model, denoisers, "kto")
+    sign = torch.tensor([1.0, -1.0, 1.0])
+    single = replace(made_pairs(), latents=made_pairs().latents[:, :1], sign=sign)
+    objective.pairs = single
+    value, _ = objective.loss(ROWS, made_draw())
+    value.backward()
+    psi = {k: p.detach().clone().requires_grad_() for k, p in denoisers.parameters.items()}
+    draw, rewards = made_draw(), []
+    for i, row in enumerate(ROWS.tolist()):
+        abar = float(objective.alpha_bar[draw.timesteps[i]])
+        x0, eps = single.latents[row, 0, int(draw.flip[i])], draw.noise[i]
+        x_t = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+        velocity = math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+        target = eps if model.prediction_type == "epsilon" else velocity
+        context = objective.embeds[single.prompt_index[row]][None]
+        errors = [
+            (functional_call(unet, w, (x_t[None], draw.timesteps[i], context)).sample[0] - target)
+            .square().mean()
+            for unet, w in ((plain, psi), (plain, dict(plain.named_parameters())))
+        ]  # fmt: skip
+        rewards.append(-BETA * (errors[0] - errors[1]))
+    z = max(0.0, float(torch.stack(rewards).detach().mean()))
+    want = torch.zeros((), dtype=torch.float64)
+    for row, reward in zip(ROWS.tolist(), rewards, strict=True):
+        if sign[row] > 0:  # two of three are desirable: 3 / (2 * 2) each
+            want = want + 0.75 * (1 - 1 / (1 + torch.exp(-(reward - z)))) / 3
+        else:
+            want = want + 1.5 * (1 - 1 / (1 + torch.exp(-(z - reward)))) / 3
+    want.backward()
+    kept = {k: p.grad for k, p in denoisers.parameters.items() if p.grad is not None}
+    torch.testing.assert_close(value, want, rtol=1e-7, atol=0)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(gradient, psi[name].grad, rtol=1e-5, atol=1e-9)
+
+
 def test_at_the_reference_the_loss_is_log_two_and_teaches(bundle: Path) -> None:
     model = load_model(str(bundle))
     add_lora(model.unet, 3, UNET_TARGETS)
@@ -170,12 +214,12 @@ errors = st.floats(-0.3, 0.3)
 
 
 @given(errors, errors, st.floats(1, 1e4))
-def test_public_scripts_with_twice_the_beta_agree(w: float, l: float, beta: float) -> None:  # noqa: E741
-    """diffusers' and the authors' scripts: -logsigmoid(-0.5 beta_dpo (dL_w - dL_l)), means."""
-    inside = -0.5 * beta_to_public(beta) * (w - l)
-    public = math.log1p(math.exp(-abs(inside))) + max(-inside, 0.0)
+def test_public_scripts_agree_under_their_own_beta(w: float, l: float, beta: float) -> None:  # noqa: E741
+    """The authors' script: -logsigmoid(-0.5 beta_dpo (dL_w - dL_l)); diffusers' has no 0.5."""
     ours = dpo_loss(*torch.tensor([w, l], dtype=torch.float64), beta, torch.tensor(0.0))
-    assert float(ours) == pytest.approx(public, rel=1e-9, abs=1e-12)
+    for inside in (-0.5 * beta_to_public(beta) * (w - l), -beta * (w - l)):
+        public = math.log1p(math.exp(-abs(inside))) + max(-inside, 0.0)
+        assert float(ours) == pytest.approx(public, rel=1e-9, abs=1e-12)
 
 
 def test_conversions_of_beta() -> None:
@@ -192,7 +236,7 @@ def test_ipo_is_beta_squared_times_its_paper(w: float, l: float, beta: float) ->
 
 def test_kto_wants_each_image_by_itself_and_its_point_has_no_gradient() -> None:
     w, l = torch.tensor([-0.1], requires_grad=True), torch.tensor([0.2], requires_grad=True)  # noqa: E741
-    point = kto_reference_point(w, l, 5.0)
+    point = kto_reference_point(torch.cat([w, l]), 5.0)
     assert not point.requires_grad
     kto_loss(w, l, 5.0, point).sum().backward()
     assert float(w.grad) > 0 > float(l.grad)

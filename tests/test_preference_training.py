@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
-from utilgen_cli.diffusion.ddim import sample
+from utilgen_cli.diffusion.ddim import initial_noise, sample
 from utilgen_cli.diffusion.finetune import CHECKPOINT
 from utilgen_cli.diffusion.finetune_config import FinetuneConfig
+from utilgen_cli.diffusion.generate import GenerateConfig, Generator
 from utilgen_cli.diffusion.load import load_model
+from utilgen_cli.diffusion.pair_data import signs
 from utilgen_cli.diffusion.preference import PreferenceObjective
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
-from utilgen_cli.diffusion.tokens import save_tokens
+from utilgen_cli.diffusion.tokens import class_folder, save_tokens
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError
 from utilgen_cli.shards.images import decode_rgb, encode_image
@@ -91,10 +94,10 @@ def draw(bundle: str, adapters: list[Path]) -> torch.Tensor:
         return model.decode(sample(model, noise, texts[:1].expand(2, -1, -1), texts[1:], 4, 3.0))
 
 
-def shaded_pairs() -> Iterator[Sample]:
+def shaded_pairs(count: int = 64) -> Iterator[Sample]:
     """Real photographs: the brighter print of each wins."""
     photos = open_source([str(DATA / "real")]).samples()
-    for number, photo in zip(range(64), photos, strict=False):
+    for number, photo in zip(range(count), photos, strict=False):
         rgb = decode_rgb(photo).astype(np.float64)
         images = {
             f"{side}.png": encode_image((rgb * gain).clip(0, 255).astype(np.uint8))
@@ -116,6 +119,49 @@ def test_the_shipped_model_learns_to_prefer_and_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dpo.json").read_text()) == summary
     assert not (tmp_path / CHECKPOINT).exists()
     assert any("100 % of 8" in line or "88 % of 8" in line for line in outcome(summary))
+
+
+def shaded_samples() -> Iterator[Sample]:
+    """The same photographs as scored samples: bright ones are useful, dark ones are not."""
+    for number, made in enumerate(shaded_pairs(160)):
+        side, utility = (("win", 0.9), ("lose", 0.2))[number % 2]
+        score = encode_json({"utility": utility + number / 1000})
+        yield Sample(made.key, {"png": made.members[f"{side}.png"], "cls": made.members["cls"],
+                                "json": made.members["json"], "utility.json": score})  # fmt: skip
+
+
+def test_kto_learns_from_scored_samples_without_pairs(tmp_path: Path) -> None:
+    finetune = FinetuneConfig(steps=10, batch_size=16, learning_rate=1e-3, validate_every=5)
+    config = PreferenceConfig("tiny", rank=4, loss="kto", desirable="above:0.5", finetune=finetune)
+    summary = train_preference(shaded_samples(), tmp_path, config, **CPU)
+    assert summary["desirable_samples"] == summary["undesirable_samples"] == 80
+    assert summary["held_out"] == 20 and summary["before"]["accuracy"] == 0.5
+    assert summary["kept_step"] == 10 and summary["kept"]["accuracy"] > 0.6
+    assert summary["kept"]["separation"] > 0.2
+    assert summary["kept"]["dL_w"] < summary["kept"]["dL_l"]
+    assert "desirable" in outcome(summary)[0]
+
+
+def test_which_samples_kto_wants() -> None:
+    utility, label = np.array([5.0, 1, 3, 4, -2, 7, 7, 9]), np.array([0, 0, 0, 0, 1, 1, 1, 2])
+    assert signs(utility, label, "quantile:0.25").tolist() == [1, -1, 0, 0, -1, 1, 0, 0]
+    assert signs(utility, label, "quantile:0.5").tolist() == [1, -1, -1, 1, -1, 1, 0, 0]
+    assert signs(utility, label, "above:0").tolist() == [1, 1, 1, 1, -1, 1, 1, 1]
+    with pytest.raises(BadInput, match="8 desirable and 0 undesirable"):
+        signs(utility, label, "above:-3")
+    with pytest.raises(BadInput, match="0 desirable and 0 undesirable"):
+        signs(np.ones(8), label, "quantile:0.25")
+    for text in ("quantile:0.6", "above:x", "best", "quantile:nan"):
+        with pytest.raises(UsageError, match="above:0 is the sign"):
+            PreferenceConfig("tiny", desirable=text)
+
+
+def test_scored_samples_are_no_pairs(bundle: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="with --loss kto"):
+        train_preference(shaded_samples(), tmp_path, PreferenceConfig(bundle), **CPU)
+    mixed = chain(pairs(2), shaded_samples())
+    with pytest.raises(BadInput, match="mixed"):
+        train_preference(mixed, tmp_path, PreferenceConfig(bundle, loss="kto"), **CPU)
 
 
 def test_training_stops_when_both_errors_rise(tmp_path: Path) -> None:
@@ -256,6 +302,13 @@ def test_class_tokens_take_the_place_of_prompts(bundle: str, tmp_path: Path) -> 
     assert summary["prompts"] == [f"a photo of a <utilgen-{c:04d}>" for c in range(3)]
 
 
+def test_a_class_token_in_a_prompt_needs_its_tokens(bundle: str, tmp_path: Path) -> None:
+    facts = encode_json({"class_name": "dress", "prompt": "a photo of a <utilgen-0000>"})
+    samples = [replace(made, members={**made.members, "json": facts}) for made in pairs(2)]
+    with pytest.raises(BadInput, match="token <utilgen-0000>, and no tokens are given"):
+        train_preference(samples, tmp_path, PreferenceConfig(bundle, finetune=QUICK), **CPU)
+
+
 def test_public_pair_sets_train_as_they_are(bundle: str, tmp_path: Path) -> None:
     """The Pick-a-Pic columns; label_0 says which image is preferred."""
 
@@ -288,6 +341,36 @@ def test_one_adapter_a_class(bundle: str, tmp_path: Path) -> None:
     assert summary["adapters"] == ["0000-dress", "0001-bag", "0002-ankle-boot"]
     prints = {digest(tmp_path / name / LORA) for name in summary["adapters"]}
     assert len(prints) == 3
+
+
+def test_every_class_is_drawn_with_its_own_adapter(bundle: str, tmp_path: Path) -> None:
+    """In a mixed batch, and as diffusers draws with that class's file alone."""
+    run_lora(bundle, tmp_path / "lora", replace(QUICK, learning_rate=5e-2), per="class")
+    config = GenerateConfig(bundle, adapters=(tmp_path / "lora",), steps=4, guidance_scale=3.0)
+    items = [(2, 0), (0, 1), (1, 0), (0, 0)]
+    mixed = dict(zip(items, pixels(config, items), strict=True))
+    plain = dict(zip(items, pixels(replace(config, adapters=()), items), strict=True))
+    for c, name in enumerate(CLASSES):
+        pipe = StableDiffusionPipeline.from_pretrained(bundle, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_lora_weights(str(tmp_path / "lora" / class_folder(c, name)))
+        noise = initial_noise(load_model(bundle), config.seed, [(c, 0)])
+        theirs = pipe(
+            f"a photo of a {name}", latents=noise, guidance_scale=3.0, num_inference_steps=4,
+            output_type="np",
+        ).images[0]  # fmt: skip
+        assert np.abs(mixed[c, 0] / 255 - theirs).max() <= 2 / 255
+        assert np.abs(mixed[c, 0].astype(float) - plain[c, 0]).max() > 8
+    assert (pixels(config, items[1:2])[0] == mixed[0, 1]).all(), "neighbours do not matter"
+    with pytest.raises(UsageError, match="one adapter a class"):
+        PreferenceConfig(bundle, init=tmp_path / "lora")
+    config = replace(config, classes=(*CLASSES, "hat"))
+    with pytest.raises(BadInput, match="no adapter for hat"):
+        pixels(config, items)
+
+
+def pixels(config: GenerateConfig, items: list[tuple[int, int]]) -> list[np.ndarray]:
+    return [decode_rgb(s) for s in Generator(config, **CPU).draw(items)]
 
 
 def test_lora_lowers_the_denoising_error_of_its_shots(bundle: str, tmp_path: Path) -> None:

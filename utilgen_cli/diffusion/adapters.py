@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import BadInput, NoInput, UsageError
 from .bundle import check_fit, first_line, load_component
+from .class_adapters import ClassAdapters, class_folders
 
 if TYPE_CHECKING:
     from .load import LatentDiffusion
@@ -17,20 +18,28 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:
-    """Stack the adapters on the model, in order; each is a LoRA or (first) a whole pipeline."""
-    names: list[str] = []
+    """Stack the adapters on the model, in order.
+
+    Each is a LoRA, one LoRA a class (one such, `lora --per class`), or (first) a whole pipeline.
+    """
+    loras: dict[str, Path] = {}
     for i, adapter in enumerate(adapters):
-        if (adapter / "unet" / "config.json").is_file():
+        if folders := class_folders(adapter):
+            if model.class_adapters is not None:
+                raise UsageError(f"adapter {adapter}", "is the second with one adapter a class")
+            model.class_adapters = ClassAdapters(model, folders, str(adapter))
+        elif (adapter / "unet" / "config.json").is_file():
             _replace_unet(model, adapter, is_first=i == 0)
         elif (adapter / LORA_WEIGHTS).is_file():
-            names.append(f"adapter{i}")
-            _add_lora(model, adapter, names[-1])
+            loras[f"adapter{i}"] = adapter
         else:
             lacks = f"has neither unet/ nor {LORA_WEIGHTS}"
             why = lacks if adapter.is_dir() else "no such directory"
             raise NoInput(f"adapter {adapter}", why, "Name a directory that dpo or lora wrote.")
-    if names:
-        as_pipeline(model).set_adapters(names)
+    for name, adapter in loras.items():  # last: they wrap the layers that the others hook
+        _add_lora(model, adapter, name)
+    if loras:
+        as_pipeline(model).set_adapters(list(loras))
 
 
 def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.offline import offline
 
 HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -82,7 +83,8 @@ def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
     if not (path / folder).is_dir():
         raise NoInput(f"model {path}", f"has no {folder}/", "Name a diffusers pipeline directory.")
     try:
-        return load(path / folder)
+        with offline():
+            return load(path / folder)
     except Exception as error:  # the libraries raise whatever the file makes them stumble on
         raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
 
@@ -106,7 +108,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
             "guidance_scale": lambda v: type(v) in (int, float) and 0 <= v <= 100,
             "classes": lambda v: bool(v) and all(type(name) is str and name for name in v),
             "template": lambda v: type(v) is str and "{}" in v,
-            "clip": lambda v: type(v) is str,
+            "clip": lambda v: type(v) is str and len(v) <= 200,
         }
         if not isinstance(found, dict):
             raise ValueError("is not a JSON object")

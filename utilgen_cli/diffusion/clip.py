@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.errors import NoInput
+from ..runtime.offline import offline
 
 MODES = {"bicubic": "bicubic", "bilinear": "bilinear"}
 
@@ -73,9 +75,13 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
     import open_clip
 
     identifier, pretrained = resolve(name)
+    local = identifier.startswith("local-dir:")
     try:
-        model = open_clip.create_model(identifier, pretrained=pretrained, device=device)
-        tokenizer = open_clip.get_tokenizer(identifier)
+        with offline() if local else nullcontext():
+            model = open_clip.create_model(
+                identifier, pretrained=pretrained, device=device, require_pretrained=local
+            )
+            tokenizer = open_clip.get_tokenizer(identifier)
     except Exception as error:  # open_clip, the hub and the file system each raise their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NoInput(

@@ -40,6 +40,7 @@ from .finetune_config import (
 Figures = dict[str, float]
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 60.0  # seconds
+MAX_LOST = 3  # steps in a row that half precision may lose
 
 
 class Watch(Protocol):
@@ -101,6 +102,7 @@ class Finetuning:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.best = [p.detach().clone() for p in self.parameters]
         self.result = FinetuneResult()
+        self.lost = 0  # steps in a row whose loss was not finite
 
     def advance(self) -> Figures:
         """One optimiser step; the figures of its batch."""
@@ -114,7 +116,8 @@ class Finetuning:
             self.scaler.scale(loss / config.gradient_accumulation).backward()
             figures.append({"loss": float(loss.detach()), **shown})
         mean = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
-        if not math.isfinite(mean["loss"]) and not self.scaler.is_enabled():
+        self.lost = 0 if math.isfinite(mean["loss"]) else self.lost + 1
+        if self.lost > (MAX_LOST if self.scaler.is_enabled() else 0):
             raise UtilgenError(f"step {step}", "the loss is not finite", "Lower --lr or --beta.")
         self._update(step)
         return mean
@@ -234,7 +237,7 @@ def finetune(
     if run.result.steps == 0:
         run.look()
     saved = time.monotonic()
-    with progress(description, config.steps) as task:
+    with progress(description, config.steps) as task, signals.deferred():
         task.advance(run.result.steps)
         while run.result.steps < config.steps and run.result.stopped is None:
             task.advance(1, **run.advance())

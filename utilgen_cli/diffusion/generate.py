@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from ..runtime.device import pick_device, pick_dtype
-from ..runtime.errors import UsageError
+from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample, encode_json, numbered_key
 from .adapters import fuse_adapters
 from .bundle import find_model, read_defaults
+from .class_adapters import acting
 from .ddim import SAMPLERS, initial_noise, sample
 from .load import class_prompts, load_model, quiet_libraries
 from .policy import Policy, load_policy
 from .render import Item, prefer_channels_last, render, tile
 from .tokens import read_index
+from .utilisation import image_flops, matrix_rate
 
 FORMATS = ("png", "webp", "jpg")
 
@@ -96,22 +98,47 @@ class Generator:
         if config.policy is not None:
             self.policy = load_policy(config.policy)
             self.policy.check(self.model, self.classes, str(config.policy))
+            if self.policy.noise.mode == "zigzag" and config.sampler != "ddim":
+                why = f"steps and inverts with DDIM, not {config.sampler}"
+                raise UsageError(f"policy {config.policy}", why, "Leave --sampler out.")
         with quiet_libraries(), torch.no_grad():
             fuse_adapters(self.model)
-            self.embeds = self.model.encode_prompts(self.prompts)  # [C, L, D]
-            self.uncond = self.model.encode_prompts([""])
+            self._encode()
+        self._refuse_non_finite()
         prefer_channels_last(self.model)
+
+    def _encode(self) -> None:
+        """The prompts' embeddings [C, L, D], and the empty one's [1, L, D], or [C, L, D] where
+        every class has its own text encoder."""
+        model, adapters = self.model, self.model.class_adapters
+        if adapters is None:
+            self.embeds, self.uncond = (model.encode_prompts(p) for p in (self.prompts, [""]))
+            return
+        adapters.check(self.classes)
+        pairs = []
+        for c, prompt in enumerate(self.prompts):
+            with acting(model, [c, c]):
+                pairs.append(model.encode_prompts([prompt, ""]))
+        self.embeds, self.uncond = torch.stack(pairs, 1)
+
+    def _refuse_non_finite(self) -> None:
+        if not (self.embeds.isfinite().all() and self.uncond.isfinite().all()):
+            why = "its text encoder makes NaN or infinite embeddings"
+            advice = "Try --precision fp32, or look at what it was made with."
+            raise BadInput(f"model {self.config.model}", why, advice)
+
+    def unconditional(self, items: Sequence[Item]) -> Tensor:
+        """The empty prompt's embedding for the items, [1 or B, L, D]."""
+        return self.uncond if len(self.uncond) == 1 else self.uncond[[c for c, _ in items]]
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """Finished latents [B, 4, h, w] of the items."""
-        noise = initial_noise(self.model, self.config.seed, items)
-        steps, scale, sampler = self.steps, self.guidance_scale, self.config.sampler
-        if self.policy is not None:
-            return self.policy.sample(
-                self.model, noise, items, self.uncond, steps, scale, sampler
-            )[0]  # fmt: skip
-        cond = self.embeds[[c for c, _ in items]]
-        return sample(self.model, noise, cond, self.uncond, steps, scale, sampler)
+        noise, classes = initial_noise(self.model, self.config.seed, items), [c for c, _ in items]
+        how = (self.unconditional(items), self.steps, self.guidance_scale, self.config.sampler)
+        with acting(self.model, classes):
+            if self.policy is not None:
+                return self.policy.sample(self.model, noise, items, *how)[0]
+            return sample(self.model, noise, self.embeds[classes], *how)
 
     def facts(self, item: Item) -> dict[str, Any]:
         """Where the image of `item` comes from: its `json` member."""
@@ -150,6 +177,7 @@ class LazyGenerator:
         self.dtype = pick_dtype(precision, self.device)
         self.generator: Generator | None = None
         self.images, self.seconds = 0, 0.0
+        self._utilisation: dict[str, float] = {}
 
     def draw(self, items: Sequence[Item]) -> Iterator[Sample]:
         """The samples of `items`, in order."""
@@ -166,18 +194,37 @@ class LazyGenerator:
         precision = str(self.dtype).removeprefix("torch.")
         return {"device": self.device.type, "precision": precision, "torch": torch.__version__}
 
+    def utilisation(self) -> dict[str, float]:
+        """Operations an image and their rate over that of matrix products here; {} where the run
+        was too short to say (or had a policy, whose noise optimisation needs more)."""
+        generator = self.generator
+        if generator is None or generator.policy is not None or self.seconds < 1:
+            return {}
+        if not self._utilisation:
+            flops = image_flops(generator.model, generator.steps, generator.guidance_scale)
+            share = flops * self.images / self.seconds / matrix_rate(self.device, self.dtype)
+            self._utilisation = {"gflop_per_image": round(flops / 1e9, 4),
+                                 "model_flops_utilisation": round(share, 4)}  # fmt: skip
+        return self._utilisation
+
     def summary(self) -> dict[str, Any]:
         """What the run drew."""
         rate = self.images / self.seconds if self.seconds else 0.0
         return {"samples": self.images, "seconds": round(self.seconds, 3),
-                "images_per_second": round(rate, 3), **self.about()}  # fmt: skip
+                "images_per_second": round(rate, 3), **self.utilisation(),
+                **self.about()}  # fmt: skip
 
     def line(self) -> str:
         """The summary for people."""
         if not self.images:
             return "nothing to draw: all shards are there"
         rate = self.images / max(self.seconds, 1e-9)
-        return f"drew {self.images} images, {rate:.3g} images/s on {self.device.type}"
+        line = f"drew {self.images} images, {rate:.3g} images/s on {self.device.type}"
+        found = self.utilisation()
+        if not found:
+            return line
+        share, flops = found["model_flops_utilisation"], found["gflop_per_image"]
+        return f"{line}: {flops:.3g} GFLOP an image, {100 * share:.0f} % of the matrix rate here"
 
 
 def generated_sample(item: Item, image: bytes, format: str, facts: dict[str, Any]) -> Sample:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
+from .class_adapters import acting
 from .ddim import initial_noise
 from .generate import Generator, Item
-from .noise import NoiseConfig, counted
+from .noise import NoiseConfig
 from .policy import Policy
 from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
 from .prompts import PromptEmbeds, TokenEmbeds
@@ -59,6 +60,9 @@ def learn_policy(
     Resumes from `checkpoint`. Raises UtilgenError when label fidelity falls too far.
     """
     model, seed = generator.model, config.search.seed
+    if model.class_adapters is not None:
+        why = "has one adapter a class, and ilpo learns the prompts of all classes at once"
+        raise UsageError(f"adapter {model.class_adapters.name}", why, "Use lora --per dataset.")
     if config.parameters == "tokens":
         prompts: PromptEmbeds | TokenEmbeds = TokenEmbeds(
             model,
@@ -75,11 +79,10 @@ def learn_policy(
     )  # fmt: skip
     search = PromptSearch(prompts, rollout, list(terms), labellers, config.search)
     start = time.monotonic()
-    with counted(model.unet) as calls:
-        embeds = search.run(checkpoint, progress)
+    embeds = search.run(checkpoint, progress)
     summary = {
-        "seconds": round(time.monotonic() - start, 1), "unet_calls": calls.calls,
-        "unet_latents": calls.latents, **outcome(search),
+        "seconds": round(time.monotonic() - start, 1), "unet_calls": search.calls.calls,
+        "unet_latents": search.calls.latents, **outcome(search),
     }  # fmt: skip
     settings = {**config.facts(), "terms": {t.name: t.weight for t in terms}}
     return Policy(
@@ -123,15 +126,11 @@ class PolicyGenerator(Generator):
     def latents(self, items: Sequence[Item]) -> Tensor:
         """Finished latents [B, 4, h, w] of the items."""
         noise = initial_noise(self.model, self.config.seed, items)
-        latents, figures = self.policy.sample(
-            self.model,
-            noise,
-            items,
-            self.uncond,
-            self.steps,
-            self.guidance_scale,
-            self.config.sampler,
-        )
+        with acting(self.model, [c for c, _ in items]):
+            latents, figures = self.policy.sample(
+                self.model, noise, items, self.unconditional(items), self.steps,
+                self.guidance_scale, self.config.sampler,
+            )  # fmt: skip
         self.figures.append(figures)
         return latents
 

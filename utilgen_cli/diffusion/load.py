@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from ..runtime.errors import UsageError
 from .adapters import add_adapters
 from .bundle import check_fit, find_model, load_component, read_defaults
 from .tokens import add_tokens, read_index
+
+if TYPE_CHECKING:
+    from .class_adapters import ClassAdapters
 
 TEMPLATE = "a photo of a {}"
 
@@ -44,6 +47,7 @@ class LatentDiffusion:
     clip: str | None  # open_clip model name, or a directory
     device: torch.device
     dtype: torch.dtype
+    class_adapters: ClassAdapters | None = None
 
     @property
     def prediction_type(self) -> str:

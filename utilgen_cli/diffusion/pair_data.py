@@ -1,21 +1,28 @@
-"""Preference pairs as a trainer needs them: cached latents, prompts, and a held-out part."""
+"""Preferences as a trainer needs them: cached latents, prompts, and a held-out part.
+
+They come as pairs of images, or (for KTO) as single scored images of which some are desirable.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime import signals
-from ..runtime.errors import BadInput
+from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
 from ..shards.sample import Sample
+from ..shards.scores import UTILITY, utility_of
 from .latents import LatentCache, index_prompts
 
 if TYPE_CHECKING:
@@ -26,49 +33,54 @@ MAX_HELD_OUT = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One pair: the two images as samples of one image member, and what they are of."""
+class Judged:
+    """(winner, loser), or one image with its utility; and what they are of."""
 
-    win: Sample
-    lose: Sample
+    images: tuple[Sample, ...]
     label: int | None
     prompt: str | None
     class_name: str | None
+    utility: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class PairData:
-    """latents float32 [N, 2 (win, lose), variants (plain, mirrored), C, h, w]; prompt_index [N]."""
+class Preferences:
+    """latents float32 [N, sides, variants (plain, mirrored), C, h, w]; prompt_index [N].
+
+    Pairs have two sides (win, lose) and `sign` None. Single images have one side; their sign [N]
+    is 1 (desirable), -1 (undesirable) or 0 (unused).
+    """
 
     latents: Tensor
     prompts: list[str]
     prompt_index: Tensor
     fingerprint: str
+    sign: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.prompt_index)
+        """How many can be learned from."""
+        return len(self.prompt_index) if self.sign is None else int((self.sign != 0).sum())
 
 
-def parse_pair(sample: Sample) -> Pair:
-    """A sample of `pairs`, in either layout. BadInput if it is no pair."""
+def parse_judged(sample: Sample) -> Judged:
+    """A sample of `pairs`, in either layout, or one of `value score`. BadInput if it is none."""
     if "jpg_0" in sample.members:
         return _parse_pickapic(sample)
-    images = {}
+    facts = sample.facts
+    about = sample.label, facts.get("prompt"), facts.get("class_name")
+    sides = {}
     for name, data in sample.members.items():
         side, _, extension = name.partition(".")
         if side in ("win", "lose") and extension:
-            images[side] = Sample(f"{sample.key} ({side})", {extension: data}, sample.origin)
-    if len(images) != 2:
-        raise BadInput(
-            sample.key, "it has no win and lose images", "Make pairs with `utilgen pairs`."
-        )
-    facts = sample.facts
-    return Pair(
-        images["win"], images["lose"], sample.label, facts.get("prompt"), facts.get("class_name")
-    )
+            sides[side] = Sample(f"{sample.key} ({side})", {extension: data}, sample.origin)
+    if len(sides) == 2:
+        return Judged((sides["win"], sides["lose"]), *about)
+    if UTILITY in sample.members:
+        return Judged((sample,), *about, utility_of(sample))
+    raise BadInput(sample.key, "it has no win and lose images", "Make pairs with `utilgen pairs`.")
 
 
-def _parse_pickapic(sample: Sample) -> Pair:
+def _parse_pickapic(sample: Sample) -> Judged:
     first, second = (
         Sample(f"{sample.key} ({name})", {"jpg": sample.members.get(name, b"")}, sample.origin)
         for name in ("jpg_0", "jpg_1")
@@ -78,57 +90,133 @@ def _parse_pickapic(sample: Sample) -> Pair:
         raise sample.bad("its label_0 is neither 0 nor 1")
     if float(preferred) == 0:
         first, second = second, first
-    return Pair(first, second, None, sample.members.get("caption", b"").decode() or None, None)
+    caption = sample.members.get("caption", b"").decode() or None
+    return Judged((first, second), None, caption, None)
 
 
-def prompt_of(pair: Pair, class_prompts: list[str] | None, template: str) -> str:
-    """The class token's prompt where tokens are given, else the pair's own.
+def prompt_of(judged: Judged, class_prompts: list[str] | None, template: str) -> str:
+    """The class token's prompt where tokens are given, else the images' own, else the class name's.
 
-    A prompt with class tokens means nothing to a model without them: then the class name stands
-    in its place. BadInput if there is nothing to say.
+    BadInput: its prompt has a class token and none are given (it would mean nothing to the model),
+    its class has no token, or there is nothing to say.
     """
-    if class_prompts is not None and pair.label is not None:
-        if pair.label >= len(class_prompts):
-            why = f"its class {pair.label} has no token"
-            raise BadInput(pair.win.key, why, "Invert the same classes.")
-        return class_prompts[pair.label]
-    if pair.prompt and not CLASS_TOKEN.search(pair.prompt):
-        return pair.prompt
-    if pair.class_name:
-        return template.replace("{}", pair.class_name)
-    raise BadInput(pair.win.key, "it has neither prompt nor class name", "Add --tokens.")
+    key = judged.images[0].key
+    if class_prompts is not None and judged.label is not None:
+        if judged.label >= len(class_prompts):
+            why = f"its class {judged.label} has no token"
+            raise BadInput(key, why, "Invert the same classes.")
+        return class_prompts[judged.label]
+    if judged.prompt:
+        if token := CLASS_TOKEN.search(judged.prompt):
+            why = f"its prompt has the class token {token[0]}, and no tokens are given"
+            raise BadInput(key, why, "Add --tokens with those that it was drawn with.")
+        return judged.prompt
+    if judged.class_name:
+        return template.replace("{}", judged.class_name)
+    raise BadInput(key, "it has neither prompt nor class name", "Add --tokens.")
 
 
-def read_pairs(
+def read_preferences(
     samples: Iterable[Sample],
     model: LatentDiffusion,
-    prompt: Callable[[Pair], str],
+    prompt: Callable[[Judged], str],
     *,
+    loss: str = "dpo",
+    desirable: str = "quantile:0.25",
     flip: bool = False,
     progress: Progress = silent,
-) -> PairData:
-    """Encode every image once. BadInput: no pair, or something that is none."""
+) -> Preferences:
+    """Encode every image once. BadInput: nothing to learn from, or what `loss` cannot take."""
     cache, digest = LatentCache(model, flip), hashlib.blake2b(digest_size=16)
-    prompts = []
+    prompts: list[str] = []
+    utilities, labels = array("d"), array("q")
     with progress("read pairs", None) as task:
         for sample in samples:
             signals.check()
-            pair = parse_pair(sample)
-            prompts.append(prompt(pair))
-            for side in (pair.win, pair.lose):
-                cache.add(side)
-                digest.update(side.image[1])
+            judged = parse_judged(sample)
+            single = judged.utility is not None
+            _check_kind(judged, loss, mixed=bool(prompts) and single != bool(utilities))
+            prompts.append(prompt(judged))
+            if judged.utility is not None:
+                utilities.append(judged.utility)
+                labels.append(sample.label)
+            for image in judged.images:
+                cache.add(image)
+                digest.update(image.image[1])
             digest.update(prompts[-1].encode())
             task.advance()
     if not prompts:
         raise BadInput("pairs", "there are none", "Look at what `utilgen pairs` says.")
-    latents = cache.finish()
+    sign = None
+    if utilities:
+        sign = signs(np.array(utilities), np.array(labels), desirable)
+        digest.update(sign.numpy().tobytes())
     known, index = index_prompts(prompts)
-    return PairData(latents.unflatten(0, (-1, 2)), known, index, digest.hexdigest())
+    latents = cache.finish().unflatten(0, (-1, 2 if sign is None else 1))
+    return Preferences(latents, known, index, digest.hexdigest(), sign)
 
 
-def split_pairs(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(training rows, held-out rows): an eighth is held out, 128 at most, none below 16 pairs."""
-    order = torch.randperm(count, generator=step_generator(seed, 0, "held-out"))
-    held_out = min(MAX_HELD_OUT, count // 8) if count >= 16 else 0
-    return order[held_out:].sort().values, order[:held_out].sort().values
+def _check_kind(judged: Judged, loss: str, mixed: bool) -> None:
+    key, single = judged.images[0].key, judged.utility is not None
+    if single and loss != "kto":
+        advice = "Make pairs with `utilgen pairs`, or learn from single images with --loss kto."
+        raise BadInput(key, f"it is a scored sample, and --loss {loss} compares pairs", advice)
+    if mixed:
+        raise BadInput(key, "pairs and scored samples are mixed", "Use one kind at a time.")
+
+
+def parse_desirable(text: str) -> tuple[str, float]:
+    """(`quantile` or `above`, its number) from `--desirable`. UsageError: not understood."""
+    kind, _, number = text.partition(":")
+    advice = "Use quantile:Q (Q to 0.5) or above:U (above:0 is the sign)."
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if kind not in ("quantile", "above") or not math.isfinite(value):
+        raise UsageError(f"--desirable {text}", "not understood", advice)
+    if kind == "quantile" and not 0 < value <= 0.5:
+        raise UsageError(f"--desirable {text}", "the share is not in (0, 0.5]", advice)
+    return kind, value
+
+
+def signs(utility: np.ndarray, label: np.ndarray, desirable: str) -> Tensor:
+    """1 where an image is desirable, -1 where it is not, 0 where it is left out; float [N].
+
+    quantile:Q takes the upper and lower share of every class, above:U divides all images.
+    BadInput if one side is empty.
+    """
+    kind, number = parse_desirable(desirable)
+    sign = np.where(utility > number, 1.0, -1.0) if kind == "above" else np.zeros(len(utility))
+    for c in np.unique(label) if kind == "quantile" else ():
+        members = np.flatnonzero(label == c)
+        order = members[np.argsort(-utility[members], kind="stable")]
+        count = min(max(1, int(number * len(order))), len(order) // 2)
+        high, low = order[:count], order[len(order) - count :]
+        if count and utility[high[-1]] > utility[low[0]]:
+            sign[high], sign[low] = 1.0, -1.0
+    wanted, unwanted = int((sign > 0).sum()), int((sign < 0).sum())
+    if not wanted or not unwanted:
+        why = f"--desirable {desirable} makes {wanted} desirable and {unwanted} undesirable samples"
+        raise BadInput("utilities", why, "Use e.g. --desirable quantile:0.25.")
+    return torch.from_numpy(sign).float()
+
+
+def split_rows(preferences: Preferences, seed: int) -> tuple[Tensor, Tensor]:
+    """(training rows, held-out rows): an eighth is held out, 128 at most, none below 16.
+
+    Of single images an eighth of each sign is.
+    """
+    if preferences.sign is None:
+        sides = [torch.arange(len(preferences))]
+    else:
+        sides = [torch.nonzero(preferences.sign == s).flatten() for s in (1, -1)]
+    train, held_out = [], []
+    for rows in sides:
+        order = rows[torch.randperm(len(rows), generator=step_generator(seed, 0, "held-out"))]
+        count = min(MAX_HELD_OUT // len(sides), len(rows) // 8) if len(preferences) >= 16 else 0
+        held_out.append(order[:count])
+        train.append(order[count:])
+    if any(len(rows) == 0 for rows in held_out):
+        train, held_out = train + held_out, [torch.empty(0, dtype=torch.long)]
+    return torch.cat(train).sort().values, torch.cat(held_out).sort().values

@@ -21,11 +21,12 @@ from ..runtime.seeds import step_generator
 from .finetune import Figures
 from .finetune_config import Draw, autocast, draw_rows
 from .lora import adapter_active, adapters_off, copy_lora, train_lora_only, tuner_layers
-from .pair_data import PairData, split_pairs
+from .pair_data import Preferences, split_rows
 from .preference_loss import (
     LOSSES,
     denoising_error,
     diffusion_target,
+    kto_image_loss,
     kto_reference_point,
 )
 
@@ -76,13 +77,13 @@ def full_denoisers(unet: Any, reference: Any | None = None) -> Denoisers:
 
 
 class PreferenceObjective:
-    """The loss over pairs, and its watch over held-out pairs."""
+    """The loss over pairs (or single images), and its watch over held-out ones."""
 
     def __init__(
         self,
         model: LatentDiffusion,
         denoisers: Denoisers,
-        pairs: PairData,
+        pairs: Preferences,
         embeds: Tensor,
         reference_embeds: Tensor,
         *,
@@ -100,7 +101,7 @@ class PreferenceObjective:
         self.prediction_type = model.prediction_type
         self.latent_shape = model.latent_shape
         self.alpha_bar = model.scheduler.alphas_cumprod.to(self.device)
-        self.train_rows, self.held_out = split_pairs(len(pairs), seed)
+        self.train_rows, self.held_out = split_rows(pairs, seed)
         self.rows = len(self.train_rows)
         self.watch = self if len(self.held_out) else None
         self._references: list[Tensor] = []  # predictions on the held-out pairs
@@ -110,19 +111,36 @@ class PreferenceObjective:
         return draw_rows(rows, self.latent_shape, len(self.alpha_bar), generator)
 
     def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
-        """Mean loss over training pairs `rows`, and what it is made of."""
-        batch = self._batch(self.train_rows[rows], draw)
+        """Mean loss over training rows `rows`, and what it is made of."""
+        rows = self.train_rows[rows]
+        batch = self._batch(rows, draw)
         L_ref = denoising_error(self._reference_prediction(batch), batch.target)
         prediction = self._predict(self.denoisers.psi, batch, self.embeds)
-        dL_w, dL_l = (denoising_error(prediction, batch.target) - L_ref).chunk(2)
-        z = kto_reference_point(dL_w, dL_l, self.beta)
+        dL = denoising_error(prediction, batch.target) - L_ref  # [sides * R]
+        z = kto_reference_point(dL, self.beta)
         distributed.all_reduce_mean([z])
-        value = self.pair_loss(dL_w, dL_l, self.beta, z.clamp(min=0)).mean()
-        return value, {
-            "accuracy": float((dL_w < dL_l).float().mean()),
-            "dL_w": float(dL_w.detach().mean()),
-            "dL_l": float(dL_l.detach().mean()),
-        }
+        value = self._losses(dL, rows, z.clamp(min=0)).mean()
+        dL_w, dL_l = self._sides(dL.detach(), rows)
+        right = dL_w < (dL_l if self.pairs.sign is None else dL_l.mean())
+        return value, {"accuracy": mean(right), "dL_w": mean(dL_w), "dL_l": mean(dL_l)}
+
+    def _losses(self, dL: Tensor, rows: Tensor, z: Tensor) -> Tensor:
+        """The loss of each row; of single images both signs weigh the same in all."""
+        if self.pairs.sign is None:
+            dL_w, dL_l = dL.chunk(2)
+            return self.pair_loss(dL_w, dL_l, self.beta, z)
+        sign = self.pairs.sign[rows].to(self.device)
+        share = (self.pairs.sign[self.train_rows] > 0).float().mean().to(self.device)
+        weight = torch.where(sign > 0, 0.5 / share, 0.5 / (1 - share))
+        return weight * kto_image_loss(dL, sign, self.beta, z)
+
+    def _sides(self, dL: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(of what should win, of what should lose) from values [..., sides * R]."""
+        if self.pairs.sign is None:
+            dL_w, dL_l = dL.chunk(2, -1)
+            return dL_w, dL_l
+        wanted = (self.pairs.sign[rows] > 0).to(self.device)
+        return dL[..., wanted], dL[..., ~wanted]
 
     @torch.no_grad()
     def validate(self) -> Figures:
@@ -130,7 +148,8 @@ class PreferenceObjective:
 
         loss; accuracy: share of pairs that psi ranks right; separation: mean of dL_l - dL_w over
         the pairs in units of its standard deviation; dL_w, dL_l as shares of the reference's
-        own error; drift: mean squared distance from the reference's predictions.
+        own error; drift: mean squared distance from the reference's predictions. A desirable
+        single image is compared with every undesirable one of its prompt.
         """
         dL, drift, L_ref = [], [], []
         for number, (rows, draw) in enumerate(self._validation_batches()):
@@ -139,19 +158,22 @@ class PreferenceObjective:
                 reference = self._cached_reference(number, batch)
                 prediction = self._predict(self.denoisers.psi, batch, self.embeds)
             base = denoising_error(reference, batch.target)
-            dL.append((denoising_error(prediction, batch.target) - base).unflatten(0, (2, -1)))
+            dL.append((denoising_error(prediction, batch.target) - base).view(-1, len(rows)))
             L_ref.append(base)
             drift.append(denoising_error(prediction, reference))
-        return self._figures(torch.cat(dL, 1), torch.cat(L_ref), torch.cat(drift))
+        by_draw = torch.cat(dL, 1).unflatten(1, (VALIDATION_DRAWS, -1))  # [sides, draws, M]
+        values = by_draw.transpose(0, 1).flatten(1)  # [draws, sides * M]
+        return self._figures(values, torch.cat(L_ref), torch.cat(drift))
 
     def _figures(self, dL: Tensor, L_ref: Tensor, drift: Tensor) -> Figures:
-        """dL: [2, M * draws], draw by draw."""
-        dL_w, dL_l = dL
-        z = kto_reference_point(dL_w, dL_l, self.beta).clamp(min=0)
-        margin = (dL_l - dL_w).unflatten(0, (VALIDATION_DRAWS, -1)).mean(0)  # [M]
+        """dL: [draws, sides * M]."""
+        z = kto_reference_point(dL, self.beta).clamp(min=0)
+        losses = [self._losses(draw, self.held_out, z).mean() for draw in dL]
+        dL_w, dL_l = self._sides(dL, self.held_out)
+        margin = self._margins(dL_w.mean(0), dL_l.mean(0))
         wins = (margin > 0).float() + 0.5 * (margin == 0).float()
         values = {
-            "loss": self.pair_loss(dL_w, dL_l, self.beta, z).mean(),
+            "loss": torch.stack(losses).mean(),
             "accuracy": wins.mean(),
             "separation": margin.mean() / margin.std(correction=0).clamp(min=1e-12),
             "dL_w": dL_w.mean() / L_ref.mean(),
@@ -159,6 +181,16 @@ class PreferenceObjective:
             "drift": drift.mean(),
         }
         return {name: float(value) for name, value in values.items()}
+
+    def _margins(self, dL_w: Tensor, dL_l: Tensor) -> Tensor:
+        """dL_l - dL_w of the held-out pairs; of single images with every other of its prompt."""
+        if self.pairs.sign is None:
+            return dL_l - dL_w
+        index = self.pairs.prompt_index.to(self.device)[None]
+        prompt_w, prompt_l = (p[0] for p in self._sides(index[:, self.held_out], self.held_out))
+        same = prompt_w[:, None] == prompt_l
+        margins = dL_l - dL_w[:, None]
+        return margins[same] if same.any() else margins.flatten()
 
     def score(self, figures: Figures) -> float:
         """The best checkpoint separates held-out winners from losers best, among those that still
@@ -197,18 +229,19 @@ class PreferenceObjective:
         return self._references[number]
 
     def _batch(self, rows: Tensor, draw: Draw) -> NoisyPairs:
-        """Noisy latents of the pairs: winners first, then losers, [2R, ...]."""
-        flip = draw.flip.long() * (self.pairs.latents.shape[2] - 1)
-        both = self.pairs.latents[rows, :, flip]  # [R, 2, C, h, w]
-        x0 = both.transpose(0, 1).flatten(0, 1).to(self.device)
-        noise = draw.noise.repeat(2, 1, 1, 1).to(self.device)
-        t = draw.timesteps.repeat(2).to(self.device)
+        """Noisy latents of the rows: winners first, then losers, [sides * R, ...]."""
+        sides, variants = self.pairs.latents.shape[1:3]
+        flip = draw.flip.long() * (variants - 1)
+        chosen = self.pairs.latents[rows, :, flip]  # [R, sides, C, h, w]
+        x0 = chosen.transpose(0, 1).flatten(0, 1).to(self.device)
+        noise = draw.noise.repeat(sides, 1, 1, 1).to(self.device)
+        t = draw.timesteps.repeat(sides).to(self.device)
         a = self.alpha_bar[t].view(-1, 1, 1, 1)
         return NoisyPairs(
             x=a.sqrt() * x0 + (1 - a).sqrt() * noise,
             t=t,
             target=diffusion_target(self.prediction_type, x0, noise, a),
-            prompts=self.pairs.prompt_index[rows].repeat(2),
+            prompts=self.pairs.prompt_index[rows].repeat(sides),
         )
 
     def _predict(self, unet: Any, batch: NoisyPairs, embeds: Tensor) -> Tensor:
@@ -225,9 +258,14 @@ class PreferenceObjective:
 
 @dataclass(frozen=True, slots=True)
 class NoisyPairs:
-    """x_t and the target [2R, C, h, w], t and the prompts' index [2R]: winners, then losers."""
+    """x_t and the target [B, C, h, w], t and the prompts' index [B]: winners, then losers."""
 
     x: Tensor
     t: Tensor
     target: Tensor
     prompts: Tensor
+
+
+def mean(values: Tensor) -> float:
+    """Their mean, 0 where there are none (a batch of single images may be of one sign)."""
+    return float(values.float().mean()) if len(values) else 0.0

@@ -6,8 +6,9 @@ at the same t and with the same noise. Diffusion-DPO (Wallace et al. 2024, equat
     L = -E log sigma(-beta (dL_w - dL_l))
 The one meaning of `beta` here: it multiplies the difference of mean squared errors and contains
 the paper's T and omega(lambda_t), which is constant. Other conventions convert by
-    beta = beta_public / 2            (public scripts: -0.5 * beta_dpo * mean squares; 5000 -> 2500)
-    beta = beta_paper T omega d       (the paper: sum of squares over the latent's d elements)
+    beta = beta_dpo / 2            (the authors' script: -0.5 * beta_dpo * mean squares)
+    beta = beta_dpo                (diffusers' script, which has no 0.5; its default is 2500)
+    beta = beta_paper T omega d    (the paper: sum of squares over the latent's d elements)
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ BETA_CONVENTION = (
 
 
 def beta_from_public(beta_dpo: float) -> float:
-    """Ours from that of the public scripts (-0.5 * beta_dpo * difference of mean squares)."""
+    """Ours from that of the authors' script (-0.5 * beta_dpo * difference of mean squares)."""
     return beta_dpo / 2
 
 
 def beta_to_public(beta: float) -> float:
-    """The public scripts' `--beta_dpo` of the same strength."""
+    """The authors' `--beta_dpo` of the same strength (diffusers' script takes ours as it is)."""
     return 2 * beta
 
 
@@ -68,18 +69,22 @@ def ipo_loss(dL_w: Tensor, dL_l: Tensor, beta: float, reference_point: Tensor) -
 
 
 def kto_loss(dL_w: Tensor, dL_l: Tensor, beta: float, reference_point: Tensor) -> Tensor:
-    """Per image 1 - sigma(+-(r - z)), r = -beta dL (Ethayarajh et al. 2024; Li et al. 2024).
+    """The two images of a pair judged each by itself: the mean of `kto_image_loss`."""
+    wanted = kto_image_loss(dL_w, torch.ones_like(dL_w), beta, reference_point)
+    return (wanted + kto_image_loss(dL_l, -torch.ones_like(dL_l), beta, reference_point)) / 2
 
-    The two images of a pair are judged each by itself against `reference_point` z (a scalar).
+
+def kto_image_loss(dL: Tensor, sign: Tensor, beta: float, reference_point: Tensor) -> Tensor:
+    """1 - sigma(sign (r - z)), r = -beta dL (Ethayarajh et al. 2024; Li et al. 2024).
+
+    sign: 1 for a desirable image, -1 for an undesirable one [B]; `reference_point`: z, a scalar.
     """
-    r_w, r_l = -beta * dL_w, -beta * dL_l
-    gains = torch.sigmoid(r_w - reference_point), torch.sigmoid(reference_point - r_l)
-    return 1 - (gains[0] + gains[1]) / 2
+    return 1 - torch.sigmoid(sign * (-beta * dL - reference_point))
 
 
-def kto_reference_point(dL_w: Tensor, dL_l: Tensor, beta: float) -> Tensor:
-    """z: the batch's mean reward, at least 0, without gradient (a scalar)."""
-    return (-beta * (dL_w + dL_l) / 2).mean().detach()
+def kto_reference_point(dL: Tensor, beta: float) -> Tensor:
+    """The mean reward of a batch, without gradient (a scalar; z is this, at least 0)."""
+    return (-beta * dL).mean().detach()
 
 
 PreferenceLoss = Callable[[Tensor, Tensor, float, Tensor], Tensor]

@@ -20,12 +20,13 @@ from ..runtime.progress import Progress, silent
 from ..runtime.seeds import seed_everything
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
+from .class_adapters import class_folders
 from .finetune import CHECKPOINT, FinetuneResult, finetune
 from .finetune_config import FinetuneConfig
 from .latents import embed_prompts
 from .load import LatentDiffusion, class_prompts, load_model
 from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
-from .pair_data import PairData, prompt_of, read_pairs
+from .pair_data import Preferences, parse_desirable, prompt_of, read_preferences
 from .preference import Denoisers, PreferenceObjective, full_denoisers, lora_denoisers
 from .preference_loss import BETA_CONVENTION, LOSSES, beta_to_public
 
@@ -35,7 +36,10 @@ DONE = "dpo.json"
 
 @dataclass(frozen=True, slots=True)
 class PreferenceConfig:
-    """What to train on preference pairs, and how. `beta` as in preference_loss."""
+    """What to train on preferences, and how.
+
+    `beta` as in preference_loss, `desirable` as in pair_data (for single images).
+    """
 
     model: str
     tokens: Path | None = None
@@ -43,6 +47,7 @@ class PreferenceConfig:
     reference: str = "base"
     loss: str = "dpo"
     beta: float = 2500.0
+    desirable: str = "quantile:0.25"
     rank: int = 16
     full: bool = False
     flip: bool = False
@@ -56,10 +61,14 @@ class PreferenceConfig:
                 raise UsageError(f"--{name} {getattr(self, name)}", "unknown", advice)
         if not self.beta > 0:
             raise UsageError(f"--beta {self.beta}", "must be positive")
+        parse_desirable(self.desirable)
         if self.reference == "previous" and self.init is None:
             raise UsageError("--reference previous", "there is no previous round", "Add --init.")
         if self.init is not None and not self.init.is_dir():
             raise NoInput(f"--init {self.init}", "no such directory", "Name what dpo or lora made.")
+        if self.init is not None and class_folders(self.init):
+            advice = "Name one of its folders, or make one for all with lora --per dataset."
+            raise UsageError(f"--init {self.init}", "holds one adapter a class", advice)
         if self.init is not None and self.full != (self.init / "unet").is_dir():
             kind = "a LoRA adapter" if self.full else "a whole U-Net"
             advice = "Leave --full out." if self.full else "Add --full."
@@ -75,7 +84,7 @@ def train_preference(
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train on the pairs in `samples` and write the adapter (or pipeline) and dpo.json into `out`.
+    """Train on pairs (kto: or scored samples) and write the adapter (or pipeline) and dpo.json.
 
     Resumes from `out`/checkpoint.safetensors. Returns what dpo.json says.
     """
@@ -85,9 +94,9 @@ def train_preference(
         config.model, device=device, dtype=dtype, tokens=config.tokens, adapters=init
     )
     prompts = None if config.tokens is None else class_prompts(model, config.tokens)
-    pairs = read_pairs(
-        samples, model, lambda pair: prompt_of(pair, prompts, model.template),
-        flip=config.flip, progress=progress,
+    pairs = read_preferences(
+        samples, model, lambda judged: prompt_of(judged, prompts, model.template),
+        loss=config.loss, desirable=config.desirable, flip=config.flip, progress=progress,
     )  # fmt: skip
     objective = make_objective(model, pairs, config)
     result = finetune(
@@ -104,7 +113,7 @@ def train_preference(
 
 
 def make_objective(
-    model: LatentDiffusion, pairs: PairData, config: PreferenceConfig
+    model: LatentDiffusion, pairs: Preferences, config: PreferenceConfig
 ) -> PreferenceObjective:
     """Embed the prompts once, then make psi and the reference out of the model's U-Net."""
     embeds = embed_prompts(model, pairs.prompts)
@@ -181,7 +190,7 @@ def describe(
         **settings,
         "beta_convention": BETA_CONVENTION,
         "beta_public_scripts": beta_to_public(config.beta),
-        "pairs": len(objective.pairs),
+        **counts(objective.pairs),
         "held_out": len(objective.held_out),
         "prompts": objective.pairs.prompts[:100],
         "trained_parameters": sum(p.numel() for p in objective.parameters.values()),
@@ -195,17 +204,27 @@ def describe(
     }
 
 
+def counts(preferences: Preferences) -> dict[str, int]:
+    """How many pairs there are, or how many single images of either kind."""
+    if preferences.sign is None:
+        return {"pairs": len(preferences)}
+    sides = {"desirable_samples": 1, "undesirable_samples": -1}
+    return {name: int((preferences.sign == s).sum()) for name, s in sides.items()}
+
+
 def outcome(summary: dict[str, Any]) -> list[str]:
     """What a person should know of the run, from what dpo.json says."""
     lines = []
     if summary["stopped"]:
         lines.append(f"stopped early, at step {summary['steps']}: {summary['stopped']}")
-    kept = summary["kept"]
+    kept, pairs = summary["kept"], "pairs" in summary
     if kept is None:
-        return [*lines, f"{summary['pairs']} pairs are too few to hold some out: nobody watched"]
+        few = f"{summary['pairs']} pairs" if pairs else "the samples"
+        return [*lines, f"{few} are too few to hold some out: nobody watched"]
+    what = "pairs are ranked right" if pairs else "samples: so many desirable-undesirable pairs"
     lines.append(
         f"kept step {summary['kept_step']} of {summary['steps']}: "
-        f"{100 * kept['accuracy']:.0f} % of {summary['held_out']} held-out pairs are ranked right, "
+        f"{100 * kept['accuracy']:.0f} % of {summary['held_out']} held-out {what}, "
         f"separation {kept['separation']:.2f}, denoising error of winners "
         f"{100 * kept['dL_w']:+.1f} %, of losers {100 * kept['dL_l']:+.1f} %"
     )

@@ -29,6 +29,7 @@ from ..runtime.errors import UtilgenError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed, step_generator
 from .ddim import initial_noise
+from .noise import Calls, counted
 from .prompts import rms
 from .rollout import Rollout
 
@@ -133,7 +134,7 @@ class PromptSearch:
         self.theta: nn.Parameter = prompts.theta  # type: ignore[assignment]
         self.rate = config.rate * rms(self.theta.detach())
         self.optimizer = torch.optim.Adam([self.theta], lr=self.rate, betas=(0.9, 0.99))
-        self.state = SearchState()
+        self.state, self.calls = SearchState(), Calls()
         self.best_theta = self.theta.detach().clone()
 
     def run(self, checkpoint: Path | None = None, progress: Progress = silent) -> Tensor:
@@ -144,17 +145,18 @@ class PromptSearch:
         if checkpoint is not None:
             self.resume(checkpoint)
         config, state = self.config, self.state
-        with progress("optimise prompts", config.iterations) as task:
+        with (
+            progress("optimise prompts", config.iterations) as task,
+            signals.deferred(),
+            counted(self.rollout.model.unet, self.calls),
+        ):
             task.advance(state.iteration)
             while True:
-                if (
-                    state.iteration % config.evaluate_every == 0
-                    or state.iteration == config.iterations
-                ):
+                if self.due():
                     self.evaluate()
                     if checkpoint is not None:
                         self.save(checkpoint)
-                        signals.check()
+                self.leave_if_asked(checkpoint)
                 if state.iteration >= config.iterations or self.stale():
                     break
                 self.step()
@@ -163,6 +165,20 @@ class PromptSearch:
         with torch.no_grad():
             self.theta.copy_(self.best_theta)
             return self.all_embeds()
+
+    def due(self) -> bool:
+        """True where this iterate is to be judged, and a resumed run has not judged it before."""
+        iteration, history = self.state.iteration, self.state.history
+        if history and history[-1]["iteration"] == iteration:
+            return False
+        return iteration % self.config.evaluate_every == 0 or iteration == self.config.iterations
+
+    def leave_if_asked(self, checkpoint: Path | None) -> None:
+        """After a signal: save, and raise `Stopped`."""
+        if signals.stop_requested():
+            if checkpoint is not None:
+                self.save(checkpoint)
+            signals.check()
 
     def step(self) -> None:
         """One iteration: a batch of every member of every class, and one step of Adam."""
@@ -282,7 +298,9 @@ class PromptSearch:
             "best": self.best_theta,
             **optimizer_tensors(self.optimizer),
         }
-        save_checkpoint(path, tensors, {"config": self.config.facts(), "state": asdict(self.state)})
+        calls = [self.calls.calls, self.calls.latents]
+        meta = {"config": self.config.facts(), "state": asdict(self.state), "calls": calls}
+        save_checkpoint(path, tensors, meta)
 
     def resume(self, path: Path) -> None:
         """Continue from what `save` wrote, if it was written under the same settings."""
@@ -295,4 +313,4 @@ class PromptSearch:
         self.best_theta = tensors["best"].to(self.theta)
         restore_optimizer(self.optimizer, tensors)
         self.state = SearchState(**meta["state"])
-        self.state.history.pop()  # `run` evaluates this iterate again
+        self.calls.calls, self.calls.latents = meta["calls"]

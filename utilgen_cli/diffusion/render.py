@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime import signals
+from ..runtime.errors import UtilgenError
 from ..shards.images import encode_image
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Item = tuple[int, int]  # (class index, image index)
 Latents = Callable[[Sequence[Item]], Tensor]
+NOT_FINITE = "Try --precision fp32, or look at what the model and its adapters were made with."
 AHEAD = 2  # batches that may wait for their encoding
 
 
@@ -55,22 +58,32 @@ def render(
 ) -> Iterator[tuple[Item, bytes]]:
     """(item, encoded image) in order; `latents` is always called with `rows` items.
 
-    The next batch is under way while threads fetch and encode the images of the last one.
+    The next batch is under way while threads fetch and encode the images of the last one. After
+    a stop signal no further batch is begun: what was drawn is handed on, then `Stopped` is raised.
     """
-    with encoders() as (fetch, encode):
+    drawn = 0
+    with encoders() as (fetch, encode), signals.deferred():
 
-        def finish(wait: Callable[[], np.ndarray]) -> list[bytes]:
+        def finish(wait: Callable[[], np.ndarray], finite: Callable[[], np.ndarray]) -> list[bytes]:
+            if not finite().all():
+                raise UtilgenError("images", "the model drew NaN or infinite values", NOT_FINITE)
             return list(encode.map(lambda rgb: encode_image(rgb, format), wait()))
 
         def batches() -> Iterator[tuple[Sequence[Item], Future[list[bytes]]]]:
             for start in range(0, len(items), rows):
+                if signals.stop_requested():
+                    return
                 part = items[start : start + rows]
                 filled = [*part, *[part[-1]] * (rows - len(part))]
-                images = decode_pixels(model, latents(filled))[: len(part)]
-                yield part, fetch.submit(finish, to_host(images))
+                pixels, finite = decode_pixels(model, latents(filled))
+                arrays = to_host(pixels[: len(part)]), to_host(finite[: len(part)])
+                yield part, fetch.submit(finish, *arrays)
 
         for part, images in run_ahead(batches(), AHEAD):
             yield from zip(part, images.result(), strict=True)
+            drawn += len(part)
+        if drawn < len(items):
+            signals.check()
 
 
 @contextmanager
@@ -91,11 +104,14 @@ def run_ahead(batches: Iterable[Any], ahead: int) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def decode_pixels(model: LatentDiffusion, latents: Tensor) -> Tensor:
-    """Latents [B, 4, h, w] as uint8 [B, H, W, 3], a few large images at a time."""
+def decode_pixels(model: LatentDiffusion, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, h, w] as uint8 [B, H, W, 3], a few large images at a time; and which of them
+    are finite, bool [B]: a NaN would become a black image."""
     chunk = len(latents) if model.size <= 128 else 8
     parts = [model.decode(part) for part in latents.split(chunk)]
-    return (torch.cat(parts) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    images = torch.cat(parts)
+    finite = images.isfinite().flatten(1).all(1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), finite
 
 
 def to_host(images: Tensor) -> Callable[[], np.ndarray]:

@@ -62,7 +62,7 @@ def read_index(path: Path) -> dict[str, Any]:
         raise NoInput(f"tokens {path}", f"has no {INDEX}", "Make it with utilgen invert.")
     try:
         index: dict[str, Any] = json.loads(file.read_text())
-        columns = [index[key] for key in ("classes", "tokens", "folders")]
+        columns = [list(index[key]) for key in ("classes", "tokens", "folders")]
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(str(file), f"cannot be read ({error})") from None
     if len({len(column) for column in columns}) != 1 or not all(
