@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The paper's table on this test bed: every arm alone and joined with real, at 5 times real volume.
+#
+#   bash examples/study/ablation.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
+#
+# Class prompts (base), inversion (tokens), DataDream (lora), GAP, filtering alone (filter), then
+# UtilGen: three rounds of preference tuning (round-3), prompts, prompts and noise, and all of it with
+# the terms that value the set (full). Then volume and other architectures for base and full. What
+# model_level.sh and instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
+# shellcheck source=examples/study/common.sh
+source "$(dirname "$0")/common.sh"
+
+arms() {
+  learn_value
+  filtered
+  adapted_by_lora
+  dpo_rounds 3
+  once inversion utilgen invert "$data/real" --seed "$seed" -q -o inversion "${smoke[@]}"
+  draw tokens --tokens inversion
+  optimise gap --noise none --objective loss --clip-weight 0
+  optimise prompt --noise none
+  optimise prompt-noise --noise single
+  optimise full --adapter round-3-adapter --save-policy full-policy "${set_terms[@]}"
+  compare ablation base tokens lora gap filter round-3 prompt prompt-noise full
+}
+
+volumes_and_architectures() {
+  for name in base full; do
+    options=() && [ "$name" = base ] || options=(--adapter round-3-adapter --policy full-policy)
+    once "$name-x10" utilgen generate --per-class $((2 * per_class)) --seed "$seed" \
+      --guidance-scale "$GUIDANCE" -q -o "$name-x10" "${options[@]}"
+  done
+  once volume utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
+    --synthetic base=base-x10 --synthetic full=full-x10 --times 0.5 --times 1.5 --times 2.5 \
+    --times 5 --test "$data/test" --seeds 1 --seed "$seed" -o runs --report volume -q \
+    "${smoke[@]}" > /dev/null
+  once architectures utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
+    --synthetic base=base --synthetic full=full --test "$data/test" --seeds 1 --seed "$seed" \
+    --arch resnet18 --arch mobilenetv2_100 --size 32 -o runs --report architectures -q \
+    "${smoke[@]}" > /dev/null
+}
+
+judge
+each_seed arms
+python "$study/table.py" . --part ablation --baseline base
+[ -z "${BEYOND:-}" ] || each_seed volumes_and_architectures

@@ -1,0 +1,112 @@
+# shellcheck shell=bash disable=SC2034
+# What the studies share: sourced by them, not run.
+#
+# A study is run as `bash NAME.sh [--smoke] [--seeds "0 1 2"] [DIR]` and may be stopped at any time: a
+# step that is done is not done again, and studies in the same DIR share what they have in common.
+# Every seed has a directory: it draws other starting noise, trains another value model, another
+# generator and another classifier. All arms of a seed start from the same noise.
+set -euo pipefail
+
+study=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+data=$(cd "$study/../data" && pwd)
+smoke=() per_class=80 seeds="0 1 2 3 4"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --smoke) smoke=(--smoke) per_class=4 seeds="0 1"; shift ;;
+    --seeds) seeds=$2; shift 2 ;;
+    *) break ;;
+  esac
+done
+mkdir -p "${1:-study}" && cd "${1:-study}"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} UTILGEN_MODEL=${UTILGEN_MODEL:-tiny}
+: "${GUIDANCE:=1}" # the better scale for accuracy without adaptation (model card of the bundle)
+
+once() { # MARK COMMAND...: run a step, unless it has run
+  [ ! -e "steps/$1" ] || return 0
+  echo "== $PWD: ${*:2}" >&2
+  local start=$SECONDS
+  "${@:2}"
+  mkdir -p steps
+  echo "$((SECONDS - start)) s" > "steps/$1"
+}
+
+draw() { # NAME OPTIONS...: $per_class images a class, from the starting noise of this seed
+  once "$1" utilgen generate --per-class "$per_class" --guidance-scale "$GUIDANCE" --seed "$seed" \
+    -q -o "$1" "${@:2}"
+}
+
+score() { # NAME VALUE: the same images with utility.json, under NAME-scored
+  once "$1-scored" utilgen value score "$1" --value "$2" -q -o "$1-scored"
+}
+
+learn_value() { # the value model of this seed, learnt beside images that nobody adapted
+  draw base
+  once value utilgen value train --real "$data/real" --val "$data/val" --synthetic base \
+    --seed "$seed" -q -o value "${smoke[@]}"
+}
+
+filtered() { # the useful and diverse half of twice as many images: costs no training
+  draw base-more --start "$per_class"
+  once filter utilgen value score base base-more --value value --select $((10 * per_class)) \
+    -q -o filter
+}
+
+adapted_by_lora() { # DataDream's recipe, on the real shots alone
+  once lora-adapter utilgen lora "$data/real" --seed "$seed" -q -o lora-adapter "${smoke[@]}"
+  draw lora --adapter lora-adapter
+}
+
+dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins where the last ended
+  local last=lora from=(--adapter lora-adapter --init lora-adapter --reference previous) round
+  score lora value
+  for round in $(seq "$1"); do
+    draw "$last-more" --start "$per_class" "${from[@]:0:2}"
+    score "$last-more" value
+    once "round-$round-pairs" utilgen pairs "$last-scored" "$last-more-scored" \
+      --strategy random-margin --min-margin 0.25 --seed "$seed" -q -o "round-$round-pairs"
+    once "round-$round-adapter" utilgen dpo "round-$round-pairs" "${from[@]:2}" --seed "$seed" \
+      "${dpo_options[@]}" -q -o "round-$round-adapter" "${smoke[@]}"
+    last=round-$round
+    from=(--adapter "$last-adapter" --init "$last-adapter" --reference previous)
+    draw "$last" "${from[@]:0:2}"
+    score "$last" value
+  done
+}
+dpo_options=(--beta 500 --steps 150) # the default beta keeps the generator nearer to where it was
+
+optimise() { # NAME OPTIONS...: ilpo, from the starting noise of this seed; NAME.json has the cost
+  once "$1" optimise_once "$@"
+}
+optimise_once() {
+  utilgen ilpo --value value --real "$data/real" --per-class "$per_class" --seed "$seed" \
+    --guidance-scale "$GUIDANCE" --max-fidelity-drop 1 -q --json -o "$1" "${@:2}" "${smoke[@]}" \
+    2> "$1.json" || { cat "$1.json" >&2; return 1; }
+}
+# The set is valued as well: unlike one another, and near the real shots in CLIP's eyes.
+set_terms=(--diversity 2 --clip-weight 0 --clip-image-weight 2)
+
+judge() { # trains, once, the classifier that reports label fidelity and does nothing else
+  [ -e "${JUDGE:=$PWD/judge.safetensors}" ] ||
+    once judge python "$study/judge.py" train "$JUDGE" ${smoke:+--steps 40}
+  export JUDGE
+}
+
+compare() { # OUT SET...: accuracy of each set alone and joined with real, and its label fidelity
+  local out=$1 sets=() name
+  shift
+  for name in "$@"; do sets+=(--synthetic "$name=$name"); done
+  once "$out" utilgen eval --real "$data/real" --val "$data/val" --val-as-train "${sets[@]}" \
+    --test "$data/test" --seeds 1 --seed "$seed" -o runs --report "$out" -q "${smoke[@]}" > /dev/null
+  once "$out-fidelity" fidelity "$out/fidelity.jsonl" "$@"
+}
+
+fidelity() { # FILE SET...
+  python "$study/judge.py" score "$JUDGE" "${@:2}" > "$1"
+}
+
+each_seed() { # COMMAND...: in the directory of every seed
+  for seed in $seeds; do
+    mkdir -p "seed-$seed"
+    (cd "seed-$seed" && "$@")
+  done
+}
