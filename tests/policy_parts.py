@@ -57,7 +57,7 @@ def make_value(path: Path, folds: int = 2, classes: list[str] = CLASSES, size: i
         snapshots.append(entry)
     save_tensors(path / "reference.safetensors", {"hash": torch.zeros(0, dtype=torch.int64),
                                                   "fold": torch.zeros(0, dtype=torch.uint8)})  # fmt: skip
-    facts = {"format": 1, "classes": classes, "canary": {"auroc": 0.97, "planted": 9, "verdict": "ok"},
+    facts = {"format": 1, "classes": classes, "duplicate_distance": 0.01, "canary": {"auroc": 0.97, "planted": 9, "verdict": "ok"},
              "transform": {"size": size, "mean": [0.5] * 3, "std": [0.25] * 3}, "snapshots": snapshots}  # fmt: skip
     (path / "value.json").write_text(json.dumps(facts))
     return path

@@ -129,7 +129,7 @@ def test_mistakes_are_one_line_and_leave_no_shard(
     with pytest.raises(kind, match=says) as caught:
         ilpo(**{"model": "bundle", "clip": "clip", "output": "best", "quiet": True, **options})
     assert "\n" not in str(caught.value)
-    assert not list(bench.glob("best/*.tar*"))
+    assert not list(bench.glob("best/*.tar"))
 
 
 def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:

@@ -71,7 +71,8 @@ def test_one_pass_asks_the_last_classifier_that_did_not_train_on_the_sample(valu
         assert [f["loss"] for f in found] == pytest.approx(expected.tolist(), rel=1e-4)
         assert {f["disagreement"] for f in found} == {None}
     twice = [s.parsed("utility.json") for s in Scorer(value, passes=2)(as_samples(new))]
-    assert min(f["disagreement"] for f in twice) > 0
+    spread = [f["disagreement"] for f in twice]
+    assert min(spread) >= 0 < max(spread)  # colours are told apart without doubt by some
 
 
 @pytest.mark.parametrize("method", ["weight-net", "knn-shapley", "influence"])

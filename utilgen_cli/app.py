@@ -167,5 +167,6 @@ def main() -> None:
     signals.watch()
     try:
         app(prog_name="utilgen")
-    finally:
-        signals.ignore()
+    except SystemExit as end:
+        signals.end(end.code)
+        raise

@@ -127,7 +127,7 @@ def ranked(runs: Runs, name: str) -> dict[str, Any]:
     out, errors = runs.fresh(name), runs.work / "errors-ranks"
     words = runs.words(name, out)
     run = torchrun(words, errors)
-    code = run.wait(200)
+    code = run.wait(400)
     lines = own_lines(run.said)
     row = {"what": name, "code": code, "lines": lines, "answer": "", "good": False}
     if name in TRAINERS:

@@ -131,11 +131,16 @@ def _in_directory(
         raise UsageError("SHARDS", "several processes cannot share a pipe", "Name shards.")
     if rank:
         dist.barrier()  # until the first process holds the directory
-        return _result(output / marker) or work(output)
+        found = _result(output / marker) or work(output)
+        dist.barrier()  # until it has written the result
+        return _result(output / marker) or found
     with OutputDirectory(output, command, settings, overwrite) as out:
         if processes > 1:
             dist.barrier()
-        return _result(out.path / marker) or work(out.path)
+        found = _result(out.path / marker) or work(out.path)
+        if processes > 1:
+            dist.barrier()
+        return found
 
 
 def _result(path: Path) -> dict[str, Any] | None:
