@@ -25,7 +25,7 @@ TWICE = ("INT INT", "TERM TERM")
 STARTING = "TERM starting"
 AGAIN = 0.4  # seconds to the second signal
 BOOT = 0.35  # CPU seconds until a process listens: before, a signal ends it as it ends any other
-AT_WORK = ((2.0, 5.0), (1.0, 3.0), (0.3, 0.45))  # CPU seconds at which a stage is hit
+AT_WORK = ((2.0, 5.0), (1.0, 2.5), (0.3, 0.4))  # CPU seconds at which a stage is hit
 IMPORTS = 4.0  # CPU seconds of torch, diffusers and transformers
 PIPELINE = (("INT", None), ("TERM", 0), ("TERM", 1), ("TERM", 2), ("USR1", 0), ("USR2", 1))
 
