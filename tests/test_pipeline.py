@@ -90,12 +90,14 @@ def test_generate_score_pairs_dpo(loop: Path) -> None:
     assert set(after) <= set(before)
 
 
-@pytest.mark.parametrize("stage", ["value score --force", "pairs", "dpo -o cut-dpo --smoke"])
+@pytest.mark.parametrize(
+    "stage", ["value score --force", "pairs", "dpo --tokens tokens -o cut-dpo --smoke"]
+)
 def test_a_cut_stream_ends_the_next_stage_with_65(loop: Path, stage: str) -> None:
     upstream = {
         "value score --force": "synth",
         "pairs": "scored",
-        "dpo -o cut-dpo --smoke": "paired",
+        "dpo --tokens tokens -o cut-dpo --smoke": "paired",
     }[stage]
     made = run(
         f"set -e; [ -d scored ] || utilgen value score synth {FORCE} -o scored\n"
