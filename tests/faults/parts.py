@@ -23,7 +23,7 @@ from .outputs import torn
 from .registry import Options, campaign, record
 from .runs import CASES, QUIET, Child, Runs, forked
 
-DIVIDED = {"generate": 4.0, "value score": 3.0, "ilpo": 8.0}  # and CPU seconds in which to kill
+DIVIDED = {"generate": 0.8, "value score": 0.6, "ilpo": 1.5}  # and CPU seconds in which to kill
 TRAINERS = {"invert": "learned_embeds", "dpo": "lora_weights", "lora": "lora_weights"}
 LIMIT = 30.0  # seconds in which a run must end when one of its processes is gone
 

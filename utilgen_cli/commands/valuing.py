@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UsageError, printable
 from ..runtime.progress import Progress
+from ..runtime.ranks import one_process
 from ..shards.operands import open_source
 from ..shards.sample import Sample
-from .streams import Listing, report, run_filter, run_reduction
+from .streams import SHARE, Listing, report, run_filter, run_reduction
 
 if TYPE_CHECKING:
     from ..shards.quarantine import Quarantine
@@ -106,6 +107,8 @@ class ScoreRequest:
         """UsageError for options that do not go together, before any work."""
         from ..valuation.baselines import check_method
 
+        if self.part is None:
+            one_process(SHARE)
         check_method(self.method)
         if self.lookahead and not (self.real and self.val):
             raise UsageError("--lookahead", "needs real images to fine-tune and validate on",
