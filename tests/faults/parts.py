@@ -69,7 +69,7 @@ def parts_table(rows: list[dict[str, Any]], seed: int) -> str:
     """The section of RESULTS.md."""
     lines = [
         f"`--part I/N` for N from 2 to 5 in random order, random batch size, half of the parts "
-        f"killed (KILL or TERM) before they may end (seed {seed}); the directory against that of "
+        f"aimed at with KILL or TERM before they may end (seed {seed}); the directory against that of "
         "one undisturbed process.",
         "",
         "| command | divisions | parts | kills that hit | same bytes |",

@@ -166,8 +166,8 @@ def slurm(options: Options) -> str:
         })  # fmt: skip
     lines = [
         f"`SMOKE=1 submit.sh tiny real val test 2 8` on faked sbatch and scontrol: 9 jobs, 12 "
-        f"tasks, {seconds:.0f} s undisturbed. Then each job is preempted once, at a random moment "
-        f"(seed {options.seed}), and puts itself back.",
+        f"tasks, {seconds:.0f} s undisturbed. Then each job is aimed at once, at a random moment "
+        f"(seed {options.seed}); those still at work are preempted and put themselves back.",
         "",
         "| signal | starts | put back | exit codes | same results |",
         "|---|---|---|---|---|",
