@@ -33,7 +33,7 @@ def plain_header(block: bytes) -> tarfile.TarInfo | None:
     if block[156:157] != tarfile.REGTYPE or block[257:262] != b"ustar" or block[345]:
         return None
     size, total = block[124:135], block[148:154]
-    if (size + total).strip(b"01234567") or block[135] not in b"\0 ":
+    if (size + total).strip(b"01234567") or block[135] not in b"\0 " or block[154]:
         return None
     if sum(block) - sum(block[148:156]) + 8 * ord(" ") != int(total, 8):
         return None
