@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from utilgen_cli.runtime.errors import BadInput, UtilgenError
 from utilgen_cli.shards.partial import PartialShard, leftovers, resume_shard
 from utilgen_cli.shards.sample import Sample
-from utilgen_cli.shards.sums import stats_path
+from utilgen_cli.shards.sums import read_stats, stats_path
 from utilgen_cli.shards.writer import write_shard
 
 from .conftest import make_sample
@@ -77,6 +77,15 @@ def test_any_kills_and_any_damage_end_in_the_same_bytes(
         assert {p.name for p in Path(directory).iterdir()} == {"00000.tar", "00000_stats.json"}
         if kills and damage == "none":
             assert made == 6 - max(kills)
+
+
+def test_a_key_that_changed_in_the_journal_is_not_believed(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    killed(shard, 6)
+    journal = leftovers(shard)[1]
+    journal.write_bytes(journal.read_bytes().replace(b'"0000-000002"', b'"0000-000009"'))
+    assert rerun(shard) == 4
+    assert list(read_stats(shard)["sample_sha256"]) == [sample.key for sample in SAMPLES]
 
 
 def test_the_statistics_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A shard in the making that outlives its process: `.NAME.partial`, and `.NAME.journal` beside it.
 
 The journal's first line says what the samples are made with; then comes a line a sample: key, size,
-SHA-256. What the journal vouches for is kept by the next run, the rest is cut off.
+SHA-256, and the CRC-32 of these. What the journal vouches for is kept by the next run, the rest is
+cut off.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,7 +111,7 @@ class PartialShard:
         digest = hashlib.sha256(data).hexdigest()
         self.body.write(data)
         self.body.flush()
-        self.journal.write(json.dumps([sample.key, len(data), digest]).encode() + b"\n")
+        self.journal.write(_line(sample.key, len(data), digest))
         self.journal.flush()
         self._count(sample.key, data, digest)
 
@@ -140,11 +142,17 @@ def clear_leftovers(shard: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _line(key: str, size: int, digest: str) -> bytes:
+    return b"%s %08x\n" % (text := json.dumps([key, size, digest]).encode(), zlib.crc32(text))
+
+
 def _entries(lines: Iterator[bytes]) -> Iterator[tuple[bytes, str, int, str]]:
-    """(line, key, size, digest) up to the first line that is none."""
+    """(line, key, size, digest) up to the first line that is not as it was written."""
     for line in lines:
         try:
-            key, size, digest = json.loads(line)
+            key, size, digest = json.loads(line.rpartition(b" ")[0])
         except (ValueError, TypeError):
+            return
+        if line != _line(key, size, digest):
             return
         yield line, key, size, digest
