@@ -27,7 +27,7 @@ from utilgen_cli.diffusion.preference import PreferenceObjective
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
 from utilgen_cli.diffusion.tokens import class_folder, save_tokens
 from utilgen_cli.runtime import signals
-from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError
+from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.sample import Sample, encode_json
@@ -92,6 +92,16 @@ def draw(bundle: str, adapters: list[Path]) -> torch.Tensor:
     with torch.no_grad():
         texts = model.encode_prompts([f"a photo of a {CLASSES[0]}", ""])
         return model.decode(sample(model, noise, texts[:1].expand(2, -1, -1), texts[1:], 4, 3.0))
+
+
+def test_half_precision_that_took_no_step_leaves_no_result(bundle: str, tmp_path: Path) -> None:
+    half = FinetuneConfig(steps=3, batch_size=4, learning_rate=1e30)
+    with pytest.raises(UtilgenError, match=r"none of 3 steps was taken|not finite"):
+        train_preference(
+            pairs(24), tmp_path, PreferenceConfig(bundle, finetune=half),
+            device=torch.device("cpu"), dtype=torch.float16,
+        )  # fmt: skip
+    assert not (tmp_path / "dpo.json").exists()
 
 
 def shaded_pairs(count: int = 64) -> Iterator[Sample]:

@@ -30,12 +30,13 @@ STREAMS = {
     "generate": "generate -m tiny --per-class 2 --steps 2",
     "value score": None,
     "pairs": None,
+    "ilpo": None,
 }
 SHARES = (0.1, 0.5, 0.9)
 CHANGED = {"pack": "--size 16", "generate": "--steps 3", "value score": "--method loss",
            "pairs": "--quantile 0.4", "value train": "--seed 7", "dpo": "--seed 7",
            "invert": "--seed 7", "lora": "--seed 7", "ilpo": "--seed 7"}  # fmt: skip
-LONG = ("generate", "value train", "dpo", "invert", "lora", "eval")
+LONG = ("generate", "value train", "dpo", "invert", "lora", "eval", "ilpo")
 
 
 def used(directory: Path) -> int:

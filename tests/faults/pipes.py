@@ -39,7 +39,6 @@ SECOND = {
     "dpo": ("dpo -m tiny --smoke -o {out}", ("pairs",)),
     "view": ("view -o {out}/page.html", ("pack", "generate", "ilpo", "value score", "pairs")),
 }  # fmt: skip
-LIGHT = ("pairs", "pairs -o", "view")  # quick to start: in bash with every first stage
 FAILURES = ("before any output", "inside a member", "between members", "between samples",
             "without its end mark")  # fmt: skip
 RESULTS = ("*.tar", "*.json", "*.safetensors", "*/*.safetensors", "*.html")
@@ -156,10 +155,8 @@ def pipes(options: Options) -> str:
             continue
         rng = random.Random(f"{options.seed}/{name}")
         fed = [work.feed(first, second, failure, rng) for failure in FAILURES]
-        bash = ["", "", "", []]
-        if second in LIGHT or first == SECOND[second][1][0]:
-            failure = rng.choice(FAILURES)
-            bash = [failure, *work.in_bash(first, second, failure, rng)]
+        failure = rng.choice(FAILURES)
+        bash = [failure, *work.in_bash(first, second, failure, rng)]
         whole = sum(bool(row[1]) for row in fed) + bool(bash[3])
         kept.add(name, [*(row[0] for row in fed), *bash[:3], whole])
     rows = [[name.replace(" | ", " → "), *kept.rows[name]] for name in kept.rows]

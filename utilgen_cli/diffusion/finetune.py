@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,13 @@ class Finetuning:
         mean = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
         self.lost = 0 if math.isfinite(mean["loss"]) else self.lost + 1
         if self.lost > (MAX_LOST if self.scaler.is_enabled() else 0):
-            raise UtilgenError(f"step {step}", "the loss is not finite", "Lower --lr or --beta.")
+            self._refuse()
         self._update(step)
         return mean
+
+    def _refuse(self) -> NoReturn:
+        step = f"step {self.result.steps}"
+        raise UtilgenError(step, "the loss is not finite", "Lower --lr or --beta.")
 
     def _update(self, step: int) -> None:
         distributed.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
@@ -171,7 +175,17 @@ class Finetuning:
         copy_into(self.parameters, now)
 
     def finish(self) -> FinetuneResult:
-        """Leave the weights to keep in the parameters: the best, or without validation the last."""
+        """Leave the weights to keep in the parameters: the best, or without validation the last.
+
+        UtilgenError: half precision lost the last steps, or all of them.
+        """
+        if self.lost:
+            self._refuse()
+        if self.result.steps and not self.optimizer.state:
+            why = f"none of {self.result.steps} steps was taken, their gradients overflowed"
+            raise UtilgenError(
+                "half precision", why, "Use --precision bf16 or fp32, or more --steps."
+            )
         if self.result.history:
             copy_into(self.parameters, self.best)
         else:
