@@ -6,8 +6,10 @@ import io
 import tracemalloc
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +17,13 @@ from PIL import Image
 
 from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.images import encode_image
+from utilgen_cli.shards.parquet import write_pickapic
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.shards.scores import pack_features, unpack_features
 from utilgen_cli.valuation.pair_strategies import STRATEGIES, distinct_rows
 from utilgen_cli.valuation.pairing import PairingConfig, PairingReport, pair_samples
 
-from .conftest import tar_bytes
+from .conftest import Run, tar_bytes
 
 
 def picture(seed: int) -> np.ndarray:
@@ -255,6 +258,36 @@ def test_pickapic_has_the_columns_of_public_scripts() -> None:
         "jpg_0": scored("b", 0.9).members["png"], "jpg_1": scored("a", 0.5).members["png"],
         "label_0": b"1", "caption": b"p",
     }  # fmt: skip
+
+
+def test_public_scripts_read_parquet(utilgen: Run, tmp_path: Path) -> None:
+    samples = [scored(f"{i}", i / 10) for i in range(4)]
+    (tmp_path / "scored.tar").write_bytes(tar_bytes(samples))
+    line = ("pairs", "scored.tar", "--quantile", "0.5", "-o", "out/pairs.parquet", "-q")
+    refused = utilgen(*line, check=False)
+    assert (refused.returncode, refused.stderr.count(b"\n")) == (2, 1)
+    assert b"--layout pickapic" in refused.stderr
+    utilgen(*line, "--layout", "pickapic")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["pairs.parquet"]
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    image = {s.key: s.members["png"] for s in samples}
+    expected = [("3", "0"), ("2", "1")]
+    assert [(row["jpg_0"], row["jpg_1"]) for row in table] == [
+        (image[win], image[lose]) for win, lose in expected
+    ]
+    assert {(row["label_0"], row["caption"]) for row in table} == {(1.0, "p")}
+    again = utilgen(*line, "--layout", "pickapic", check=False)
+    assert (again.returncode, b"is there already" in again.stderr) == (2, True)
+
+
+def test_a_parquet_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def breaking() -> Iterator[Sample]:
+        yield Sample("a", {"jpg_0": b"x", "jpg_1": b"y", "label_0": b"1", "caption": b"p"})
+        raise BadInput("b", "breaks off")
+
+    with pytest.raises(BadInput):
+        write_pickapic(breaking(), tmp_path / "a.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("utility", [None, "0.5", True, [1]])

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from utilgen_cli.runtime.files import encode_json
+from utilgen_cli.shards.parquet import write_pickapic
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
@@ -97,28 +97,25 @@ def make_model(path: Path) -> None:
 
 def make_pairs(path: Path) -> None:
     """The same noise pictures as our shards, and as the Parquet file that the script reads."""
-    import pyarrow
-    import pyarrow.parquet
-
     rng = np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, bytes]] = []
     for i in range(PAIRS):
         sides = []
         for high in (256, 100):
             out = io.BytesIO()
             Image.fromarray(rng.integers(0, high, (SIZE, SIZE, 3), np.uint8)).save(out, "JPEG")
             sides.append(out.getvalue())
-        rows.append({"jpg_0": sides[0], "jpg_1": sides[1], "label_0": 1, "caption": f"{i % 10}"})
+        caption = str(i % 10).encode()
+        rows.append({"jpg_0": sides[0], "jpg_1": sides[1], "label_0": b"1", "caption": caption})
     samples = (
         Sample(f"{i:06d}", {"win.jpg": row["jpg_0"], "lose.jpg": row["jpg_1"], "cls": b"0",
-                            "json": encode_json({"prompt": row["caption"]})})
+                            "json": encode_json({"prompt": row["caption"].decode()})})
         for i, row in enumerate(rows)
     )  # fmt: skip
     (path / "ours").mkdir()
     (path / "theirs").mkdir()
     write_shard(path / "ours" / "00000.tar", samples)
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, path / "theirs" / "train-00000.parquet")
+    write_pickapic((Sample("", row) for row in rows), path / "theirs" / "train-00000.parquet")
 
 
 def make_sides(script: str, work: Path, batch: int) -> dict[str, Side]:

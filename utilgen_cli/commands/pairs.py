@@ -37,7 +37,11 @@ def pairs(
         str | None, typer.Option(help="open_clip NAME[:PRETRAINED] or directory, for --match clip.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="utilgen, or pickapic: jpg_0 jpg_1 label_0 caption.")
+        str,
+        typer.Option(
+            help="utilgen, or pickapic: jpg_0 jpg_1 label_0 caption; public scripts read it from "
+            "-o FILE.parquet."
+        ),
     ] = "utilgen",
     seed: o.Seed = 0,
     on_error: o.OnError = "stop",
@@ -51,13 +55,15 @@ def pairs(
     Example: utilgen value score synth/ | utilgen pairs -o pairs/
     """
     from dataclasses import asdict
+    from pathlib import Path
 
+    from ..runtime.errors import UsageError
     from ..runtime.progress import reporter
     from ..shards.operands import open_source
     from ..valuation.pairing import PairingConfig, PairingReport, pair_samples
     from .matching import describer
     from .quarantining import check_scored, quarantine_of, tell
-    from .streams import Listing, report, run_reduction
+    from .streams import Listing, report, run_parquet, run_reduction
 
     match = "clip" if clip and match == "auto" else match
     config = PairingConfig(strategy, quantile, min_margin, max_per_class, seed, layout, match)
@@ -77,8 +83,15 @@ def pairs(
         **aside.settings(),
     }
     made = pair_samples(source.samples(), config, found, reporter(quiet), describer(clip, config))
-    run_reduction(made, output, "pairs", settings, overwrite,
-                  listing if layout == "utilgen" else None, source.is_stdin)  # fmt: skip
+    if output.endswith(".parquet"):
+        if layout != "pickapic":
+            raise UsageError(
+                f"-o {output}", "Parquet is for public scripts", "Add --layout pickapic."
+            )
+        run_parquet(made, Path(output), overwrite)
+    else:
+        run_reduction(made, output, "pairs", settings, overwrite,
+                      listing if layout == "utilgen" else None, source.is_stdin)  # fmt: skip
     if found.classes and not as_json and not quiet:
         for line in found.lines():
             report({}, False, line)

@@ -16,6 +16,7 @@ from ..runtime.output import OutputDirectory
 from ..runtime.ranks import one_process
 from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
 from ..shards.operands import Source, parse_part
+from ..shards.parquet import write_pickapic
 from ..shards.partial import clear_leftovers, resume_shard
 from ..shards.sample import Sample
 from ..shards.sums import is_as_written, stats_path
@@ -135,6 +136,15 @@ def plan_items(classes: int, per_class: int, start: int = 0) -> list[Item]:
 
 def _named(part: str | None) -> str | None:
     return None if part is None else "{}/{}".format(*parse_part(part))
+
+
+def run_parquet(samples: Iterable[Sample], path: Path, overwrite: bool = False) -> int:
+    """Write pairs in the Pick-a-Pic layout into one Parquet file; how many."""
+    one_process()
+    if path.exists() and not overwrite:
+        raise UsageError(str(path), "is there already", "Add --overwrite, or name another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_pickapic(_stopping(samples), path)
 
 
 def _stopping(samples: Iterable[Sample]) -> Iterator[Sample]:
