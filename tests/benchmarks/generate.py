@@ -1,14 +1,12 @@
 """`generate` beside diffusers' StableDiffusionPipeline called in the obvious loop, PNG written.
 
 The same model, DDIM, steps, CFG and precision. The loop draws class by class in batches, as users
-write it; ours draws every class in mixed batches and encodes off the critical path. Processor time
-is given beside the clock: it tells on a machine that others use, but not what threads hide.
+write it; ours draws every class in mixed batches and encodes off the critical path.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from utilgen_cli.diffusion.generate import GenerateConfig, Generator
 from utilgen_cli.diffusion.utilisation import image_flops, matrix_rate
 from utilgen_cli.shards.writer import write_shard
 
-from .harness import Timing, interleaved, record, table
+from .harness import interleaved, record, table
 
 CLASSES, PER_CLASS, STEPS, SCALE = 2, 16, 20, 2.0
 BATCHES = (1, 4, 8, 16)
@@ -38,30 +36,6 @@ def peer(pipe: StableDiffusionPipeline, prompts: list[str], batch: int, out: Pat
                 image.save(out / f"{abs(hash(prompt))}-{first + i}.png")
 
 
-def timed(side: Callable[[], None], processor: Timing) -> Callable[[], None]:
-    """The side, its processor seconds noted."""
-
-    def run() -> None:
-        start = time.process_time()
-        side()
-        processor.seconds.append(time.process_time() - start)
-
-    return run
-
-
-def speeds(processor: dict[str, Timing], ours: str, floor: float) -> str:
-    """Images a processor second, ratios, and what matrix products alone would take."""
-    images = CLASSES * PER_CLASS
-    rows = ["| side | images a processor second | ours over it | of the matrix rate |"]
-    rows.append("|---|---|---|---|")
-    for name, timing in processor.items():
-        timing.seconds = timing.seconds[WARM:]
-        ratio = timing.median / processor[ours].median
-        share = floor * images / timing.median
-        rows.append(f"| {name} | {images / timing.median:.1f} | {ratio:.2f} | {share:.2f} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         out = Path(name)
@@ -77,15 +51,11 @@ def main() -> None:
 
         sides = {f"diffusers loop, batch {b}": loop(b) for b in BATCHES}
         sides["utilgen generate"] = lambda: write_shard(out / "00000.tar", ours.draw(plan)) and None
-        processor = {name: Timing() for name in sides}
-        timings = interleaved(
-            {name: timed(side, processor[name]) for name, side in sides.items()}, REPEATS, WARM
-        )
+        timings = interleaved(sides, REPEATS, WARM)
         flops = image_flops(ours.model, STEPS, SCALE)
         floor = flops / matrix_rate(torch.device("cpu"), torch.float32)
         body = (
-            f"{table(timings, 'utilgen generate')}\n\n"
-            f"{speeds(processor, 'utilgen generate', floor)}\n\n{flops / 1e9:.3g} GFLOP an image; "
+            f"{table(timings, 'utilgen generate')}\n\n{flops / 1e9:.3g} GFLOP an image; "
             f"{1 / floor:.1f} images/s if all ran at the rate of matrix products"
         )
         images = CLASSES * PER_CLASS

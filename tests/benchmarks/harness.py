@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import threading
@@ -20,9 +21,11 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 @dataclass
 class Timing:
-    """Seconds of each repeat, and the highest resident memory above the start (MiB)."""
+    """Seconds of each repeat, by the clock and of the processor (with the children's), and the
+    highest resident memory above the start (MiB)."""
 
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     mebibytes: float = 0.0
 
     @property
@@ -48,13 +51,14 @@ def interleaved(
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             gc.collect()
             with Peak() as peak:
-                start = time.perf_counter()
+                start, used = time.perf_counter(), sum(os.times()[:4])
                 sides[name]()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
+                seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - used
             if round_ >= warm:
                 timings[name].seconds.append(seconds)
+                timings[name].processor.append(used)
                 timings[name].mebibytes = max(timings[name].mebibytes, peak.mebibytes)
     return timings
 
@@ -99,12 +103,18 @@ def machine() -> str:
 
 
 def table(timings: dict[str, Timing], baseline: str, unit: str = "s", scale: float = 1.0) -> str:
-    """A Markdown table; the ratio is a side's time over the baseline's."""
-    rows = [f"| side | median {unit} | spread | ratio to {baseline} | peak memory, MiB |", "|---|---|---|---|---|"]  # fmt: skip
+    """A Markdown table; ratios are a side's time over the baseline's, by the clock and by the
+    processor: the second is the one to read where other programs share the machine."""
+    head = ("side", f"median {unit}", "spread", f"ratio to {baseline}", "processor ratio",
+            "peak memory, MiB")  # fmt: skip
+    rows = [head, ["---"] * len(head)]
+    base = timings[baseline]
     for name, t in timings.items():
-        ratio = t.median / timings[baseline].median
-        rows.append(f"| {name} | {t.median * scale:.3g} | {t.spread * scale:.2g} | {ratio:.2f} | {t.mebibytes:.0f} |")  # fmt: skip
-    return "\n".join(rows)
+        used = statistics.median(t.processor) / max(1e-9, statistics.median(base.processor))
+        cells = (f"{t.median * scale:.3g}", f"{t.spread * scale:.2g}",
+                 f"{t.median / base.median:.2f}", f"{used:.2f}", f"{t.mebibytes:.0f}")  # fmt: skip
+        rows.append([name, *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def record(title: str, body: str) -> None:
