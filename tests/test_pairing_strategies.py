@@ -33,8 +33,9 @@ def picture(seed: int) -> np.ndarray:
 
 
 def scored(
-    key: str, utility: float, label: int = 0, rgb: np.ndarray | None = None, prompt: str = "p"
-) -> Sample:
+    key: str, utility: float, label: int = 0, rgb: np.ndarray | None = None, prompt: str = "p",
+    predicted: int = 0,
+) -> Sample:  # fmt: skip
     rgb = picture(zlib.crc32(key.encode())) if rgb is None else rgb
     return Sample(
         key,
@@ -42,7 +43,7 @@ def scored(
             "png": encode_image(rgb),
             "cls": str(label).encode(),
             "json": encode_json({"class_name": f"class {label}", "prompt": prompt, "model": "m"}),
-            "utility.json": encode_json({"utility": utility}),
+            "utility.json": encode_json({"utility": utility, "predicted": predicted}),
         },
     )
 
@@ -200,12 +201,31 @@ def near_copy(rgb: np.ndarray, seed: int) -> np.ndarray:
     return np.clip(rgb + noise, 0, 255).astype(np.uint8)
 
 
+def test_agreement_pairs_what_is_seen_as_its_class_with_what_is_not() -> None:
+    seen = [scored(f"s{i}", 0.5 + i / 100) for i in range(9)]
+    other = [scored(f"o{i}", i / 100, predicted=1) for i in range(6)]
+    made, report = pair([*seen, *other], strategy="agreement")
+    assert report.classes[0].pairs == 6
+    assert {s.facts["win_key"][0] for s in made} == {"s"}
+    assert {s.facts["lose_key"] for s in made} == {s.key for s in other}
+    assert [s.facts["win_key"] for s in made] != [f"s{i}" for i in (8, 7, 6, 5, 4, 3)]
+    assert tar_bytes(made) != tar_bytes(pair([*seen, *other], strategy="agreement", seed=1)[0])
+    alike, report = pair(seen, strategy="agreement")
+    assert not alike and "sees all of its samples" in report.classes[0].why_none
+
+
+def test_agreement_needs_to_know_what_was_predicted() -> None:
+    bare = scored("a", 0.5).with_member("utility.json", encode_json({"utility": 0.5}))
+    with pytest.raises(BadInput, match="which class was predicted"):
+        pair([scored("b", 0.6), bare], strategy="agreement")
+
+
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_copies_and_near_copies_of_a_picture_win_once(strategy: str) -> None:
     star = picture(999)
     copies = [scored(f"exact{i}", 0.99, rgb=star) for i in range(10)]
     copies += [scored(f"near{i}", 0.98 + i / 1000, rgb=near_copy(star, i)) for i in range(10)]
-    others = [scored(f"k{i:02d}", i / 40, rgb=picture(i)) for i in range(20)]
+    others = [scored(f"k{i:02d}", i / 40, rgb=picture(i), predicted=int(i < 12)) for i in range(20)]
     made, report = pair(copies + others, strategy=strategy, quantile=0.5)
     assert sum(not s.facts["win_key"].startswith("k") for s in made) == 1
     assert report.classes[0].duplicates == 19

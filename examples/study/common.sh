@@ -63,7 +63,7 @@ dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins 
     draw "$last-more" --start "$per_class" "${from[@]:0:2}"
     score "$last-more" value
     once "round-$round-pairs" utilgen pairs "$last-scored" "$last-more-scored" \
-      --strategy random-margin --min-margin 0.25 --seed "$seed" -q -o "round-$round-pairs"
+      --strategy agreement --seed "$seed" -q -o "round-$round-pairs"
     once "round-$round-adapter" utilgen dpo "round-$round-pairs" "${from[@]:2}" --seed "$seed" \
       "${dpo_options[@]}" -q -o "round-$round-adapter" "${smoke[@]}"
     last=round-$round
@@ -72,7 +72,7 @@ dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins 
     score "$last" value
   done
 }
-dpo_options=(--beta 500 --steps 150) # the default beta keeps the generator nearer to where it was
+dpo_options=(--beta 500 --steps 100) # the default beta keeps the generator nearer to where it was
 
 optimise() { # NAME OPTIONS...: ilpo, from the starting noise of this seed; NAME.json has the cost
   once "$1" optimise_once "$@"

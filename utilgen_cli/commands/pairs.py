@@ -16,7 +16,8 @@ def pairs(
         str,
         typer.Option(
             help="top-bottom: the best against the worst; random-margin: any two that differ; "
-            "nearest: high and low that look alike, so that a pair differs in utility, not in pose."
+            "nearest: high and low that look alike, to differ in utility and not in pose; "
+            "agreement: any that the value model sees as its class against any that it does not."
         ),
     ] = "top-bottom",
     quantile: Annotated[

@@ -41,7 +41,7 @@ class SamplePool:
         self._file = tempfile.TemporaryFile(prefix="utilgen-pairs-", buffering=1 << 20)  # noqa: SIM115
         self._label, self._head, self._image = array("i"), array("i"), array("i")
         self._group, self._digest, self._offset = array("q"), array("q"), array("q")
-        self._utility = array("d")
+        self._utility, self._agreed = array("d"), array("b")  # agreed: yes, no, or -1: unknown
         self._end = 0
         self.featured = 0  # samples with features of the value model
 
@@ -68,6 +68,16 @@ class SamplePool:
         """Utility of each sample, float64 [N]."""
         return np.frombuffer(self._utility, np.float64)
 
+    def agreed(self, indices: np.ndarray) -> np.ndarray:
+        """Which samples the value model sees as their class, bool [len(indices)]. BadInput: it is
+        not said of all."""
+        found = np.frombuffer(self._agreed, np.int8)[indices]
+        if (found < 0).any():
+            key = self.read(int(indices[np.argmin(found)])).key
+            why = "its utility.json does not say which class was predicted"
+            raise BadInput(key, why, "Run `utilgen value score`, or use another --strategy.")
+        return found.astype(bool)
+
     def add(self, sample: Sample) -> None:
         """Keep one scored sample. BadInput if it was not scored."""
         score = score_of(sample)
@@ -84,6 +94,7 @@ class SamplePool:
         self._group.append(_hash64(f"{sample.label}\0{head['prompt'] or ''}".encode()))
         self._digest.append(_hash64(image))
         self._utility.append(score["utility"])
+        self._agreed.append(score["predicted"] == sample.label if "predicted" in score else -1)
         self._offset.append(self._end)
         self._head.append(len(head_bytes))
         self._image.append(len(image))

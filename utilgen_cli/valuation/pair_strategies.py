@@ -83,10 +83,21 @@ def random_margin(
     return pairs
 
 
-STRATEGIES: dict[str, tuple[Strategy, bool]] = {  # name: (how, takes the top and the bottom apart)
-    "top-bottom": (top_bottom, True),
-    "random-margin": (random_margin, False),
-    "nearest": (nearest, True),
+def at_random(
+    high: np.ndarray, high_rows: np.ndarray, low: np.ndarray, low_rows: np.ndarray,
+    utility: np.ndarray, min_margin: float, rng: np.random.Generator,
+) -> Pairs:  # fmt: skip
+    """Any of the high against any of the low: what wins is not the easiest of its class."""
+    return list(zip(rng.permutation(high).tolist(), rng.permutation(low).tolist(), strict=False))
+
+
+# name: (how, what makes a sample high or low: the ends of the ranking, nothing, or whether the
+# value model sees it as its class)
+STRATEGIES: dict[str, tuple[Strategy, str]] = {
+    "top-bottom": (top_bottom, "ends"),
+    "random-margin": (random_margin, "nothing"),
+    "nearest": (nearest, "ends"),
+    "agreement": (at_random, "agreement"),
 }
 
 

@@ -28,7 +28,9 @@ MATCHES = ("auto", "value", "clip", "grey")
 class PairingConfig:
     """How pairs are chosen.
 
-    `quantile`: share of a group that can win, and the share that can lose (top-bottom, nearest).
+    `strategy`: in `agreement`, a sample wins if the value model sees it as its class, and loses if
+    it does not. `quantile`: share of a group that can win, and the share that can lose (top-bottom,
+    nearest).
     `min_margin`: least difference in utility. `max_per_class`: None is no limit.
     `match`: what `nearest` compares: `value`, the features of the value model that scored the
     samples; `clip`, what the callable given to `pair_samples` says; `grey`, 8 x 8 grey levels;
@@ -190,12 +192,14 @@ def _choose_group_pairs(
         return []
     rng = np.random.default_rng([config.seed, int(pool.group[group[0]]) % 2**64])
     ranked = group[np.argsort(-pool.utility[group], kind="stable")]
-    strategy, splits = STRATEGIES[config.strategy]
-    if splits:
+    strategy, apart = STRATEGIES[config.strategy]
+    high, low = ranked, ranked[:0]
+    if apart == "ends":
         count = max(1, int(config.quantile * len(ranked)))
         high, low = ranked[:count], ranked[: -count - 1 : -1]  # low: the worst first
-    else:
-        high, low = ranked, ranked[:0]
+    elif apart == "agreement":
+        agreed = pool.agreed(ranked)
+        high, low = ranked[agreed], ranked[~agreed]
     described = []
     for part in (high, low):
         descriptors = pool.descriptors(part)
@@ -216,6 +220,10 @@ def _why_none(pool: SamplePool, members: np.ndarray, config: PairingConfig) -> s
         return "every sample has another prompt"
     if len(np.unique(pool.digest[members])) == 1:
         return "its images are all the same"
+    if config.strategy == "agreement":
+        agreed = pool.agreed(members)
+        if agreed.all() or not agreed.any():
+            return f"the value model sees {'all' if agreed.all() else 'none'} of its samples as it"
     spread = max(float(np.ptp(pool.utility[g])) for g in _groups(pool.group, members))
     if spread == 0:
         return "its utilities are all equal"
