@@ -187,6 +187,19 @@ def test_the_greedy_pick_maximises_the_determinant_at_each_step():
     assert pick_diverse(utilities, features, 4).tolist() == chosen
 
 
+def test_agreed_passes_on_what_is_seen_as_its_class_and_counts_the_rest(value):
+    names = ("red", "green", "blue")
+    samples = list(as_samples(colours(6, 7)))
+    wrong = [with_label(s, c := (s.label + 1) % 3, names[c]) for s in samples[::2]]
+    mixed = [*wrong, *samples[1::2]]
+    every = list(Scorer(value)(iter(mixed)))
+    scorer = Scorer(value, agreed=True)
+    kept = list(scorer(iter(mixed)))
+    expected = [s for s in every if s.parsed("utility.json")["predicted"] == s.label]
+    assert [s.members for s in kept] == [s.members for s in expected]
+    assert 0 < len(kept) < len(mixed) == scorer.summary()["all"]["samples"]
+
+
 def test_select_is_even_over_classes_and_keeps_the_order(value):
     samples = as_samples(colours(8, 7))
     picked = list(select_samples(iter(samples), Scorer(value), 6))

@@ -45,10 +45,15 @@ learn_value() { # the value model of this seed, learnt beside images that nobody
     --seed "$seed" -q -o value "${smoke[@]}"
 }
 
-filtered() { # the useful and diverse half of twice as many images: costs no training
+filtered() { # of twice as many images, the useful and diverse half, or all seen as their class
   draw base-more --start "$per_class"
   once filter utilgen value score base base-more --value value --select $((10 * per_class)) \
     -q -o filter
+  agreed base base-more
+}
+
+agreed() { # NAME MORE: what the value model sees as its class, under NAME-agreed
+  once "$1-agreed" utilgen value score "$1" "$2" --value value --agreed -q -o "$1-agreed"
 }
 
 adapted_by_lora() { # DataDream's recipe, on the real shots alone

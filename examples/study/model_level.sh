@@ -3,7 +3,8 @@
 #
 #   bash examples/study/model_level.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
 #
-# Beside no adaptation, DataDream's LoRA on the real shots, and filtering alone. Ends with a table
+# Beside no adaptation, DataDream's LoRA on the real shots, and filtering alone (the useful half, or
+# what the value model sees as its class). Ends with a table
 # over the seeds; the judge needs Fashion-MNIST (Debian: dataset-fashion-mnist). About 20 minutes of
 # one core a seed.
 # shellcheck source=examples/study/common.sh
@@ -14,7 +15,8 @@ arms() {
   filtered
   adapted_by_lora
   dpo_rounds 3
-  compare model-level base filter lora round-1 round-2 round-3
+  agreed lora lora-more
+  compare model-level base filter base-agreed lora lora-agreed round-1 round-2 round-3
 }
 
 judge

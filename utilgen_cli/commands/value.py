@@ -109,6 +109,10 @@ def score(
     select: Annotated[
         int | None, typer.Option(min=1, help="Pass on only so many: useful, and unlike each other.")
     ] = None,
+    agreed: Annotated[
+        bool,
+        typer.Option("--agreed", help="Pass on only what the value model sees as its class."),
+    ] = False,
     lookahead: Annotated[
         bool, typer.Option("--lookahead", help="Also value the set as a whole.")
     ] = False,
@@ -151,7 +155,7 @@ def score(
     request.check()
     model = load_value(value, pick_device(device), force)
     warn(model.warning(), quiet)
-    scorer = Scorer(model, method, batch_size, reporter(quiet), passes)
+    scorer = Scorer(model, method, batch_size, reporter(quiet), passes, agreed)
     summary = run_scoring(shards, value, scorer, request, LISTING)
     tell(request.aside, "value score")
     score_lines(summary, as_json, quiet)

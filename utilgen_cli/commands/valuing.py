@@ -131,7 +131,7 @@ def run_scoring(
     aside = Aside(scorer.value.classes, scorer.value.size)
     settings = {
         "value": fingerprint(value), "method": request.method, "select": request.select,
-        "passes": scorer.passes,
+        "passes": scorer.passes, "agreed": scorer.agreed,
         "input": [str(path) for path in source.paths], **request.aside.settings(),
     }  # fmt: skip
     if request.select:

@@ -59,7 +59,8 @@ class Scorer:
     `nearest` looks among the real images and the last 4,096 samples of the same shard (or stream),
     so that a resumed run writes the same bytes. `passes` members judge each sample: what it
     trained on, that of its fold alone. One costs what a plain inference pass does, and was measured
-    as good as nine; only two or more can disagree.
+    as good as nine; only two or more can disagree. `agreed`: what is seen as another class than its
+    own is counted, and not passed on.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Scorer:
         batch_size: int = 256,
         progress: Progress = silent,
         passes: int = 1,
+        agreed: bool = False,
     ) -> None:
         self.value, self.method, self.batch_size = value, check_method(method), batch_size
-        self.passes = passes
+        self.passes, self.agreed = passes, agreed
         self.progress = progress
         self.classes: dict[int, ClassSummary] = {}
 
@@ -92,6 +94,8 @@ class Scorer:
                 packed = pack_features(judged.features.cpu().numpy())
                 for i, (sample, entry) in enumerate(zip(batch, facts, strict=True)):
                     self._count(sample.label, entry)
+                    if self.agreed and entry["predicted"] != sample.label:
+                        continue
                     entry["features"] = packed[i]
                     yield sample.with_member(UTILITY, encode_json(entry)), judged.features[i].cpu()
 
