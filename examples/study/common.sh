@@ -53,7 +53,10 @@ filtered() { # of twice as many images, the useful and diverse half, or all seen
 }
 
 agreed() { # NAME MORE: what the value model sees as its class, under NAME-agreed
-  once "$1-agreed" utilgen value score "$1" "$2" --value value --agreed -q -o "$1-agreed"
+  once "$1-agreed" pass_agreed "$@"
+}
+pass_agreed() {
+  cat "$1"/*.tar "$2"/*.tar | utilgen value score --value value --agreed -q -o "$1-agreed"
 }
 
 adapted_by_lora() { # DataDream's recipe, on the real shots alone
