@@ -62,10 +62,11 @@ def test_one_jvp_is_double_backward_in_fp64(arch):
     assert one.val_loss == pytest.approx(two.val_loss, rel=1e-12)
 
 
-# Batch norm over few values amplifies fp32's rounding, in either of the two, in the deep narrow nets.
+# MobileNet's batch norm over few values amplifies fp32's rounding: there either of the two is far
+# from what fp64 says, and they are this near to each other.
 @pytest.mark.parametrize(
     ("arch", "tolerance"),
-    [("small-cnn", 1e-6), ("resnet18", 1e-6), ("resnet50", 5e-6), ("mobilenetv2_100", 5e-6),
+    [("small-cnn", 1e-6), ("resnet18", 1e-6), ("resnet50", 1e-6), ("mobilenetv2_100", 5e-6),
      ("vit", 1e-6)],
 )  # fmt: skip
 def test_one_jvp_is_double_backward_in_fp32(arch, tolerance):
