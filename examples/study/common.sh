@@ -104,7 +104,7 @@ compare() { # OUT SET...: accuracy of each set alone and joined with real, and i
   shift
   for name in "$@"; do sets+=(--synthetic "$name=$name"); done
   once "$out" utilgen eval --real "$data/real" --val "$data/val" --val-as-train "${sets[@]}" \
-    --test "$data/test" --seeds 1 --seed "$seed" -o runs --report "$out" -q "${smoke[@]}" > /dev/null
+    --test "$data/test" --seeds 1 --seed "$seed" --real-share 0.8 -o runs --report "$out" -q "${smoke[@]}" > /dev/null
   once "$out-fidelity" fidelity "$out/fidelity.jsonl" "$@"
 }
 
