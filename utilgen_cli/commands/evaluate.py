@@ -48,18 +48,17 @@ def evaluate(
     from ..classification import comparison as c
     from ..classification.train import PRESET_ARCHS
     from ..classification.train import preset as preset_config
-    from ..report.evaluation import write_report
+    from ..report.evaluation import prepare_report, write_report
     from ..runtime.device import pick_device, pick_dtype
     from ..runtime.progress import reporter
     from .evaluate_options import open_inputs, read_value, show
     from .quarantining import quarantine_of, tell
-    from .training import own_device
 
     aside = quarantine_of(on_error)
     inputs, shown = open_inputs(real, synthetic, val, test, scored, aside)
     learned = read_value(value)
     archs = arch or [PRESET_ARCHS.get(preset, "small-cnn")]
-    where = pick_device(own_device(device))
+    where = pick_device(device)
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=30 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
@@ -70,11 +69,13 @@ def evaluate(
         config, archs, seeds, seed, pixels, times or (), baseline, val_as_train, pretrained,
         price_per_hour, where,
     )  # fmt: skip
+    if report is not None:
+        prepare_report(report)
     found = c.compare_arms(inputs, protocol, output, overwrite, reporter(quiet))
     if found is None:  # under torchrun the first process tells
         return
-    if report is not None:
-        write_report(report, found, shown, learned)
     tell(aside, "eval")
     found.summary |= aside.summary()
     show(found.summary, as_json)
+    if report is not None:
+        write_report(report, found, shown, learned)

@@ -68,6 +68,7 @@ def generate(
     generator = LazyGenerator(config, device, precision, reporter(quiet))
     settings = {
         **config.settings(),
+        "precision": precision,
         "per_class": per_class,
         "start": start,
         "shard_size": shard_size,

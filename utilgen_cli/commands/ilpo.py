@@ -96,7 +96,13 @@ def ilpo(
         config, aim, instance, directory, device, precision, reporter(quiet), overwrite, aside
     )
     plan = plan_items(len(known_classes(config)), per_class, start)
-    settings = {**run.settings(), "per_class": per_class, "start": start, "shard_size": shard_size}
+    settings = {
+        **run.settings(),
+        "precision": precision,
+        "per_class": per_class,
+        "start": start,
+        "shard_size": shard_size,
+    }
     run_source(run.draw, plan, output, "ilpo", settings, overwrite, shard_size, part, run.about)
     tell(aside, "ilpo")
     report({**run.summary(), **aside.summary()}, as_json, "" if quiet else run.line())

@@ -80,7 +80,7 @@ def pairs(
     settings = {
         **asdict(config),
         "clip": clip,
-        "input": [str(p) for p in source.paths],
+        "input": list(source.paths),
         **aside.settings(),
     }
     made = pair_samples(source.samples(), config, found, reporter(quiet), describer(clip, config))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..runtime import signals
 from ..runtime.errors import UsageError, printable
-from ..runtime.files import encode_json, sync_directory
+from ..runtime.files import encode_json, sync_directory, write_json
 from ..runtime.output import OutputDirectory
 from ..runtime.ranks import one_process
 from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
@@ -26,6 +27,7 @@ Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
 T = TypeVar("T")
 Item = tuple[int, int]  # (class index, image index)
 INCOMING = ".incoming"
+PUBLISHED = ".shards.json"  # written last: the names of all shards of a stream
 SHARE = "Share it with --part rank, or run it without torchrun."
 CELL = 80  # characters of a listing's cell
 KEEP = "Keep the result with `-o DIR`, or pipe it into the next command."
@@ -58,6 +60,7 @@ def run_filter(
     """Put every sample through `stage`; how many came out. Whole shards already there are kept."""
     if part is None:
         one_process(SHARE)
+    _refuse_same_names(source.shards() if output != "-" else [])
     source = source.part(part)
     if output == "-":
         if listing is not None and stdout_is_terminal():
@@ -90,9 +93,11 @@ def run_reduction(
         refuse_terminal(output)
         return write_tar(_stopping(samples), claim_stdout())
     with OutputDirectory(output, command, settings, overwrite) as out:
-        made = list(out.path.glob("*.tar"))
-        if made and all(map(is_as_written, made)) and not (out.path / INCOMING).exists():
+        if _is_published(out.path):
             deque(samples if drain else (), maxlen=0)
+            if drain:
+                line = f"{command}: {out.path} was done before; the pipe was not compared with it. "
+                report({}, False, line + "Add --overwrite to redo it.")
             return 0
         return _write_all(samples, out.path)
 
@@ -155,22 +160,36 @@ def _stopping(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def _map_shards(source: Source, stage: Stage, directory: Path) -> int:
-    shards = source.shards()
-    names = [shard.name for shard in shards]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError("-o", f"two input shards are named {twice}", "Use one -o a directory.")
     total = 0
-    for shard in shards:
-        path = directory / Path(shard.name).with_suffix(".tar")
+    for shard in source.shards():
+        path = directory / _output_name(shard)
         if not is_as_written(path):
             total += write_shard(path, stage(source.read(shard)))
             signals.check()
     return total
 
 
+def _output_name(shard: Path) -> str:
+    return Path(shard.name).with_suffix(".tar").name
+
+
+def _refuse_same_names(shards: list[Path]) -> None:
+    names = [_output_name(shard) for shard in shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name, n in Counter(names).items() if n > 1)
+        raise UsageError("-o", f"two input shards would become {twice}", "Use one -o a directory.")
+
+
+def _is_published(directory: Path) -> bool:
+    """True if all shards of the last whole stream are there, as they were written."""
+    path = directory / PUBLISHED
+    if not path.exists():
+        return False
+    return all(is_as_written(directory / name) for name in json.loads(path.read_text()))
+
+
 def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 1000) -> int:
-    """Shards that get their names only when the whole stream has arrived."""
+    """Shards that get their names only when the whole stream has arrived; others are removed."""
     staged: list[Path] = []
     total = 0
     iterator = iter(_stopping(samples))
@@ -190,11 +209,17 @@ def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 100
 
 
 def _publish(staged: list[Path], directory: Path) -> None:
-    """All of them, or (after a kill) some, and the staging directory is still there."""
+    """All of them, or (after a kill) some, and their list is not there."""
     with signals.deferred():
+        (directory / PUBLISHED).unlink(missing_ok=True)
         for path in staged:
             stats_path(path).replace(stats_path(directory / path.name))
             path.replace(directory / path.name)
+        names = [path.name for path in staged]
+        for old in set(directory.glob("*.tar")) - {directory / name for name in names}:
+            old.unlink()
+            stats_path(old).unlink(missing_ok=True)
+        write_json(directory / PUBLISHED, names)
         sync_directory(directory)
 
 

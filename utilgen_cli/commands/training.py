@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runtime.errors import UsageError
-from ..shards.operands import Source, open_source
+from ..shards.operands import STDIN, Source, open_source
 from ..shards.sample import Sample
 from .quarantining import tell
 
@@ -91,11 +90,11 @@ def train_command(
     from ..runtime.device import pick_device, pick_dtype
     from ..runtime.progress import reporter
 
-    where = pick_device(own_device(device))
+    where = pick_device(device)
     source = open_source(shards, aside)
     name, samples = model_of(model, source)
     config = make_config(name)
-    settings = {**asdict(config), "input": [str(path) for path in source.paths],
+    settings = {**asdict(config), "input": list(source.paths), "precision": precision,
                 **aside.settings()}  # fmt: skip
     work = {"device": where, "dtype": pick_dtype(precision, where), "progress": reporter(quiet)}
     summary = _in_directory(
@@ -127,7 +126,7 @@ def _in_directory(
     from ..runtime.output import OutputDirectory
 
     rank, processes = init()
-    if processes > 1 and settings["input"] == ["-"]:
+    if processes > 1 and settings["input"] == [STDIN]:
         raise UsageError("SHARDS", "several processes cannot share a pipe", "Name shards.")
     if rank:
         dist.barrier()  # until the first process holds the directory
@@ -148,17 +147,6 @@ def _result(path: Path) -> dict[str, Any] | None:
     import json
 
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def own_device(device: str | None) -> str | None:
-    """Under torchrun every process of a machine takes its own GPU."""
-    import torch
-
-    from ..runtime.distributed import world
-
-    if device is None and world()[1] > 1 and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def finish(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def train_into(
     for names in inputs.values():
         for name in names:
             _refuse_pipe(name)
-    settings = {**config.facts(), **inputs, "seed": seed, "size": size, **aside.settings()}
+    read = {kind: [Path(name) for name in names] for kind, names in inputs.items()}
+    settings = {**config.facts(), **read, "seed": seed, "size": size, **aside.settings()}
     with OutputDirectory(output, "value train", settings, overwrite) as out:
         if out.is_done(VALUE_JSON):
             return read_facts(out.path)
@@ -113,6 +115,8 @@ class ScoreRequest:
         if self.lookahead and not (self.real and self.val):
             raise UsageError("--lookahead", "needs real images to fine-tune and validate on",
                              "Add --real and --val.")  # fmt: skip
+        if not self.lookahead and (self.real or self.val):
+            raise UsageError("--real, --val", "serve --lookahead only", "Add --lookahead.")
         if self.select and self.part:
             raise UsageError("--select", "looks at all samples, --part at some", "Use one of them.")
 
@@ -132,18 +136,22 @@ def run_scoring(
     settings = {
         "value": fingerprint(value), "method": request.method, "select": request.select,
         "passes": scorer.passes, "agreed": scorer.agreed,
-        "input": [str(path) for path in source.paths], **request.aside.settings(),
+        "input": list(source.paths), **request.aside.settings(),
     }  # fmt: skip
+    once = request.lookahead and source.is_stdin  # a pipe cannot be read again
     if request.select:
-        samples = aside.watch(source.samples()) if request.lookahead else source.samples()
+        samples = aside.watch(source.samples()) if once else source.samples()
         run_reduction(select_samples(samples, scorer, request.select), request.output,
-                      "value score", settings, request.overwrite, listing)  # fmt: skip
+                      "value score", settings, request.overwrite, listing,
+                      source.is_stdin)  # fmt: skip
     else:
-        run_filter(source, lambda s: scorer(aside.watch(s) if request.lookahead else s),
+        run_filter(source, lambda s: scorer(aside.watch(s) if once else s),
                    request.output, "value score", settings, request.overwrite, listing,
                    request.part)  # fmt: skip
     summary = scorer.summary() | request.aside.summary()
-    if request.lookahead and aside.heap:
+    if request.lookahead and not once:  # all of the set, also where a rerun scored only the rest
+        deque(aside.watch(source.part(request.part).samples()), maxlen=0)
+    if aside.heap:
         summary["lookahead"] = value_of_set(scorer, aside, request)
     return summary
 

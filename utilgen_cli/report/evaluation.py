@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import printable
+from ..runtime.errors import UsageError, printable
 from ..runtime.files import write_atomic, write_json
 from ..shards.sample import Sample
 from . import figures as fig
@@ -283,6 +284,22 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def prepare_report(path: Path) -> None:
+    """Make the report's directory before the work. UsageError: a file stands in its place."""
+    page = _is_page(path)
+    directory = path.parent if page else path
+    if path.is_dir() if page else path.is_file():
+        why = "is a directory" if page else "is a file, and no page (.html)"
+        raise UsageError(f"--report {path}", why, "Name PAGE.html or a directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        raise UsageError(f"--report {path}", "cannot be written", "Name a place you can write.")
+
+
+def _is_page(path: Path) -> bool:
+    return path.suffix in (".html", ".htm")
+
+
 def write_report(
     path: Path, found: Comparison, shown: Mapping[str, Source], value: Row | None = None
 ) -> Path:
@@ -295,7 +312,7 @@ def write_report(
     pairs = (shown[ends[0]].samples(), shown[ends[1]].samples()) if len(names) > 1 else None
     scored = {name: source.samples() for name, source in shown.items()}
     extras = gather(scored, pairs, ends, found.influence, value)
-    target = path if path.suffix in (".html", ".htm") else path / "report.html"
+    target = path if _is_page(path) else path / "report.html"
     write_atomic(target, evaluation_page(found.summary, extras).encode())
     if target is not path:
         write_json(path / "eval.json", found.summary)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import UsageError
+from .ranks import world
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device; without a name CUDA, then Apple's MPS, then the CPU."""
+    """The named device; without a name CUDA, then Apple's MPS, then the CPU.
+
+    Under torchrun every process of a machine takes its own GPU.
+    """
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            shared = world()[1] > 1 and "LOCAL_RANK" in os.environ
+            return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if shared else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +18,15 @@ from .errors import UsageError, UtilgenError
 from .files import write_json
 
 SETTINGS = "settings.json"
+ENDS = 1 << 20  # bytes of each end of a file of weights that are looked at
 
 
 class OutputDirectory:
     """Use as a context: makes PATH, locks it, and compares PATH/settings.json with `settings`.
 
     Raises UtilgenError when another process holds the directory, UsageError when it was made
-    with other settings (the difference is shown; `overwrite` empties it instead).
+    with other settings (the difference is shown; `overwrite` empties it instead). A `Path` in the
+    settings is an input: what lies there now is a setting as well.
     """
 
     def __init__(
@@ -42,7 +46,11 @@ class OutputDirectory:
             )
         self.path = Path(path)
         self.command, self.overwrite, self.part = command, overwrite, part
+        self.reads = {name: list(_paths(value)) for name, value in settings.items()}
         self.settings = {"command": command, **json.loads(json.dumps(settings, default=str))}
+        for name, paths in self.reads.items():
+            if found := contents(paths):
+                self.settings[f"{name} contents"] = found
         self._locks: list[int] = []
 
     @property
@@ -116,6 +124,11 @@ class OutputDirectory:
         self._locks = []
 
     def _empty(self) -> None:
+        own = self.path.resolve()
+        for path in (p for paths in self.reads.values() for p in paths):
+            if path.exists() and own in (path.resolve(), *path.resolve().parents):
+                raise UsageError(str(path), f"is in {self.path}, which --overwrite empties",
+                                 "Name another -o.")  # fmt: skip
         for entry in self.path.iterdir():
             if not entry.name.startswith(".lock"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -129,9 +142,15 @@ class OutputDirectory:
                     Path(directory, name).unlink()
 
     def _refuse_foreign(self) -> None:
-        """Never mix with, or empty, a directory that utilgen did not make."""
+        """Never mix with, or empty, a directory that this command did not make."""
         if (self.path / SETTINGS).exists():
-            return
+            made_by = self._before().get("command")
+            if made_by == self.command:
+                return
+            why = (
+                f"was made by utilgen {made_by}" if made_by else f"its {SETTINGS} is not utilgen's"
+            )
+            raise UsageError(str(self.path), why, "Name an empty or new directory with -o.")
         own = (".lock", f".{SETTINGS}.tmp")
         others = sorted(e.name for e in self.path.iterdir() if not e.name.startswith(own))
         if others:
@@ -141,15 +160,20 @@ class OutputDirectory:
                 "Name an empty or new directory with -o.",
             )
 
+    def _before(self) -> dict[str, Any]:
+        """What the directory was made with."""
+        try:
+            found = json.loads((self.path / SETTINGS).read_text())
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}
+
     def _compare(self) -> None:
         path = self.path / SETTINGS
         if not path.exists():
             write_json(path, self.settings)
             return
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
+        before = self._before()
         names = sorted(
             name
             for name in {*before, *self.settings}
@@ -164,3 +188,42 @@ class OutputDirectory:
                 f"was made with other settings ({change})",
                 "Name another -o, or add --overwrite to redo it.",
             )
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Every `Path` in nested settings."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _paths(item)
+
+
+def contents(paths: Sequence[Path]) -> str | None:
+    """A digest of the shards and weights at `paths`; None if nothing is there.
+
+    Of a shard its own sum where its statistics have one, else its size; of weights their size and
+    their ends. The same bytes made again give the same digest; other ones, in all likelihood, not.
+    """
+    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    whole, count = hashlib.blake2b(digest_size=8), 0
+    for file in files:
+        if file.suffix in (".tar", ".safetensors") and file.is_file():
+            whole.update(_gist(file))
+            count += 1
+    return whole.hexdigest() if count else None
+
+
+def _gist(file: Path) -> bytes:
+    stats = file.with_name(f"{file.stem}_stats.json")
+    if file.suffix == ".tar" and stats.exists():
+        found = re.search(rb'"sha256": "([0-9a-f]{64})"', stats.read_bytes())
+        if found:
+            return found[1]
+    size = file.stat().st_size
+    if file.suffix == ".tar":
+        return str(size).encode()
+    with file.open("rb") as f:
+        head = f.read(ENDS)
+        f.seek(max(0, size - ENDS))
+        return str(size).encode() + head + f.read()

@@ -9,7 +9,10 @@ from .errors import UsageError
 
 def world() -> tuple[int, int]:
     """(rank, world size) as torchrun or accelerate set them, else (0, 1). SLURM_* is not read."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        return 0, 1  # somebody else's variables
 
 
 def one_process(advice: str = "Run it without torchrun.") -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import BinaryIO
 
+from .errors import UtilgenError
+
 _result: BinaryIO | None = None
 
 
@@ -16,6 +18,8 @@ def claim_stdout() -> BinaryIO:
     """
     global _result
     if _result is None:
+        if sys.stdout is None:
+            raise UtilgenError("stdout", "is closed", "Let it go to a file, a pipe or /dev/null.")
         sys.stdout.flush()
         _result = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
@@ -25,7 +29,7 @@ def claim_stdout() -> BinaryIO:
 def say(line: str) -> None:
     """Write one line of result to the real stdout."""
     out = claim_stdout()
-    out.write(line.encode() + b"\n")
+    out.write(os.fsencode(line) + b"\n")
     out.flush()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runtime.errors import BadInput
+from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from .operands import open_source, read_path
 from .quarantine import Quarantine, check_any
@@ -31,34 +32,45 @@ def check_shards(
 ) -> CheckResult:
     """Read every shard to its end. With `remove` broken ones are deleted, for a rerun to remake.
 
-    Pictures are decoded where no sums vouch for them. `quarantine` may count single bad samples
+    A key that stands in two shards of a directory is told, and nothing is deleted for it. Pictures
+    are decoded where no sums vouch for them. `quarantine` may count single bad samples
     instead of calling their shard broken.
     """
     shards = open_source([str(operand) for operand in operands]).shards()
-    result, keys = CheckResult(len(shards)), {}  # type: tuple[CheckResult, dict[bytes, str]]
+    if not shards:
+        raise UsageError("-", "a pipe cannot be checked", "Name directories or shard files.")
+    result = CheckResult(len(shards))
+    known: dict[Path, dict[bytes, str]] = defaultdict(dict)  # keys are unique in a data set
     with progress("check", len(shards)) as task:
         for shard in shards:
             try:
-                result.samples += _check_shard(shard, keys, quarantine or Quarantine())
+                keys = _check_shard(shard, quarantine or Quarantine())
             except BadInput as error:
                 result.broken.append({"shard": str(shard), "why": f"{error.what}: {error.why}"})
                 if remove:
                     shard.unlink()
                     stats_path(shard).unlink(missing_ok=True)
+            else:
+                result.samples += len(keys)
+                if why := _twice(keys, known[shard.parent]):
+                    result.broken.append({"shard": str(shard), "why": why})
+                known[shard.parent].update(dict.fromkeys(keys, shard.name))
             task.advance(broken=str(len(result.broken)))
     return result
 
 
-def _check_shard(shard: Path, keys: dict[bytes, str], quarantine: Quarantine) -> int:
-    """The number of its good samples. BadInput: what is wrong with it."""
+def _check_shard(shard: Path, quarantine: Quarantine) -> dict[bytes, str]:
+    """The keys of its good samples, by their digests. BadInput: what is wrong with it."""
     vouched = read_stats(shard) is not None
-    count = 0
+    keys = {}
     for sample in read_path(shard, quarantine):
         if not vouched and not quarantine.skip:
             check_any(sample)
-        short = hashlib.blake2b(sample.key.encode(), digest_size=12).digest()
-        if short in keys:
-            raise sample.bad(f"its key stands in {keys[short]} too")
-        keys[short] = shard.name
-        count += 1
-    return count
+        keys[hashlib.blake2b(sample.key.encode(), digest_size=12).digest()] = sample.key
+    return keys
+
+
+def _twice(keys: dict[bytes, str], known: dict[bytes, str]) -> str:
+    """What is wrong if a key of the shard stands in another of its directory; else empty."""
+    short = next((short for short in keys if short in known), None)
+    return "" if short is None else f"sample {keys[short]}: its key stands in {known[short]} too"

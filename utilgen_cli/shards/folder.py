@@ -54,7 +54,7 @@ def _from_folder(folder: Path) -> dict[str, list[Path]]:
 
 def _from_csv(path: Path) -> dict[str, list[Path]]:
     named: dict[str, list[Path]] = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as f:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as f:
         for number, row in enumerate(csv.DictReader(f), 2):
             if not row.get("path") or not row.get("label"):
                 raise BadInput(f"{path} line {number}", "no path or no label",

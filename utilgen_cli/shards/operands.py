@@ -48,6 +48,8 @@ class Source:
         """Every N-th shard from the I-th on, for spec `I/N` (I from 0), `rank` or `slurm`."""
         if spec is None:
             return self
+        if self.is_stdin:
+            raise UsageError("--part", "needs shards, and a pipe has none", "Name the shards.")
         index, count = parse_part(spec)
         return replace(self, paths=self.paths[index::count])
 
@@ -116,7 +118,8 @@ def expand_braces(pattern: str) -> list[str]:
     if number:
         low, high = number.groups()
         width = len(low) if low.startswith("0") else 0
-        parts = [f"{i:0{width}d}" for i in range(int(low), int(high) + 1)]
+        step = 1 if int(low) <= int(high) else -1
+        parts = [f"{i:0{width}d}" for i in range(int(low), int(high) + step, step)]
     elif "," in body:
         parts = body.split(",")
     else:
@@ -132,8 +135,9 @@ def parse_part(spec: str) -> tuple[int, int]:
             return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if spec == "slurm":
             first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+            step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
             count = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-            return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, count
+            return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, count
         index, count = (int(n) for n in spec.split("/"))
     except KeyError as error:
         raise UsageError(

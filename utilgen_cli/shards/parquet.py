@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
-from ..runtime.files import sync_directory
+from ..runtime.files import open_locked, sync_directory
 from .sample import Sample
 
 GROUP = 256  # rows that are held at a time
@@ -20,6 +20,7 @@ def write_pickapic(samples: Iterable[Sample], path: Path) -> int:
 
     Columns: jpg_0 and jpg_1 (bytes of the encoded images), label_0 (1: the first is preferred),
     caption. The name appears once the file is whole. UsageError: pyarrow is not installed.
+    UtilgenError: another process writes the file.
     """
     pyarrow, parquet = _pyarrow()
     schema = pyarrow.schema(
@@ -28,16 +29,19 @@ def write_pickapic(samples: Iterable[Sample], path: Path) -> int:
     )  # fmt: skip
     temporary = path.with_name(f".{path.name}.tmp")
     count = 0
-    try:
-        with parquet.ParquetWriter(temporary, schema) as writer:
-            for rows in _groups(map(_row, samples)):
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-                count += len(rows)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_locked(temporary, "file") as file:
+        try:
+            file.truncate()
+            with parquet.ParquetWriter(file, schema) as writer:
+                for rows in _groups(map(_row, samples)):
+                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                    count += len(rows)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_directory(path.parent)
     return count
 

@@ -7,7 +7,6 @@ cut off.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import __version__
-from ..runtime.errors import UtilgenError
-from ..runtime.files import encode_json
+from ..runtime.files import encode_json, open_locked
 from .sample import Sample
 from .writer import end_of_tar, sample_bytes, write_stats
 
@@ -59,14 +57,8 @@ class PartialShard:
         self.hash, self.size = hashlib.sha256(), 0
 
     def __enter__(self) -> PartialShard:
-        self.body: BinaryIO = self._open(self.body_path)
-        try:
-            fcntl.flock(self.body, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.body.close()
-            why = "another process writes this shard"
-            raise UtilgenError(str(self.body_path), why, "Wait for it.") from None
-        self.journal: BinaryIO = self._open(self.journal_path)
+        self.body: BinaryIO = open_locked(self.body_path, "shard")
+        self.journal: BinaryIO = open_locked(self.journal_path, "shard")
         kept = self._verify()
         self.body.seek(self.size)
         self.body.truncate()
@@ -79,10 +71,6 @@ class PartialShard:
     def __exit__(self, *_: object) -> None:
         self.body.close()
         self.journal.close()
-
-    @staticmethod
-    def _open(path: Path) -> BinaryIO:
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
 
     def _verify(self) -> int:
         """Take up what journal and body agree on; the length of that part of the journal."""

@@ -44,13 +44,16 @@ class Quarantine:
     checks: tuple[Check, ...] = (check_labelled,)
     reasons: Counter[str] = field(default_factory=Counter)
     listed: dict[str, str] = field(default_factory=dict)  # where: reason, of the first 1,000
+    seen: set[int] = field(default_factory=set)
 
     def reject(self, error: BadSample) -> None:
         """Put a sample aside, or raise."""
         if not self.skip:
             raise error
-        if error.what in self.listed:  # read a second time
+        where = hash(error.what)
+        if where in self.seen:  # read a second time
             return
+        self.seen.add(where)
         self.reasons[error.reason] += 1
         if len(self.listed) < MAX_LISTED:
             self.listed[error.what] = error.reason

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import __version__
-from ..runtime.files import sync_directory, write_json
+from ..runtime.files import open_locked, sync_directory, write_json
 from .reader import BLOCK
 from .sample import Sample, check_key
 from .sums import stats_path
@@ -82,7 +82,10 @@ def end_of_tar(size: int) -> bytes:
 def write_shard(
     path: Path, samples: Iterable[Sample], facts: Callable[[], dict[str, Any]] = dict
 ) -> int:
-    """Write a shard under a temporary name, fsync, rename; then its statistics."""
+    """Write a shard under a temporary name, fsync, rename; then its statistics.
+
+    UtilgenError: another process writes the same shard.
+    """
     start = time.monotonic()
     temporary = path.with_name(path.name + ".tmp")
     digests: dict[str, str] = {}
@@ -92,15 +95,16 @@ def write_shard(
             raise sample.bad("its key stands twice in the shard")
         digests[sample.key] = hashlib.sha256(data).hexdigest()
 
-    try:
-        with temporary.open("wb") as raw:
+    with open_locked(temporary, "shard") as raw:
+        try:
+            raw.truncate()
             file = _Hashing(raw)
             count = write_tar(samples, file, note)  # type: ignore[arg-type]
             os.fsync(raw.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     counted = {
         "samples": count,
         "bytes": file.size,

@@ -44,12 +44,12 @@ class Aside:
 
     classes: list[str]
     size: int
-    heap: list[tuple[int, str, Sample]] = field(default_factory=list)
+    heap: list[tuple[int, str, int, Sample]] = field(default_factory=list)
 
     def watch(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Pass the samples on."""
-        for sample in samples:
-            entry = (-derive_seed("aside", sample.key), sample.key, sample)
+        for number, sample in enumerate(samples):
+            entry = (-derive_seed("aside", sample.key), sample.key, -number, sample)
             if len(self.heap) < ASIDE:
                 heapq.heappush(self.heap, entry)
             elif entry[:2] > self.heap[0][:2]:
@@ -58,7 +58,7 @@ class Aside:
 
     def images(self) -> LabelledImages:
         """What was kept, in the order of the keys."""
-        kept = [sample for _, _, sample in sorted(self.heap, key=lambda entry: entry[1])]
+        kept = [sample for *_, sample in sorted(self.heap, key=lambda entry: entry[1])]
         arrays = [torch.from_numpy(decode_rgb(s, self.size).copy()) for s in kept]
         images = torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([s.label for s in kept])

@@ -245,7 +245,8 @@ def load_value(
     if verdict(facts["canary"]["auroc"]) == "inverted" and not force:
         raise UtilgenError(
             str(directory), f"ranks wrong labels above right ones (canary AUROC "
-            f"{facts['canary']['auroc']:.2f})", "Train it on more real images, or add --force.",
+            f"{facts['canary']['auroc']:.2f})", "Train it on more real images; "
+            "`value score --force` takes it all the same.",
         )  # fmt: skip
     snapshots = [read_snapshot(directory, entry) for entry in facts["snapshots"]]
     reference = {k: t.to(device) for k, t in _read_tensors(directory / REFERENCE).items()}

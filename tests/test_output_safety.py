@@ -1,0 +1,175 @@
+"""Outputs: nothing is lost, mixed or taken for done that is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utilgen_cli.commands.streams import _is_published, _write_all, run_filter, run_reduction
+from utilgen_cli.commands.valuing import ScoreRequest
+from utilgen_cli.report.evaluation import prepare_report
+from utilgen_cli.runtime.errors import NoInput, UsageError, UtilgenError
+from utilgen_cli.runtime.output import OutputDirectory
+from utilgen_cli.runtime.ranks import world
+from utilgen_cli.shards.check import check_shards
+from utilgen_cli.shards.folder import list_images
+from utilgen_cli.shards.operands import expand_braces, open_source, parse_part
+from utilgen_cli.shards.quarantine import Quarantine
+from utilgen_cli.shards.sample import Sample
+from utilgen_cli.shards.writer import write_shard
+
+from .conftest import make_sample
+
+
+def shard(path: Path, *numbers: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shard(path, [make_sample(n) for n in numbers])
+    return path
+
+
+def same(samples: Iterator[Sample]) -> Iterator[Sample]:
+    yield from samples
+
+
+def run(inputs: list[Path], out: Path, **options: object) -> int:
+    source = open_source([str(p) for p in inputs])
+    return run_filter(source, same, str(out), "x", {"input": list(source.paths)}, **options)  # type: ignore[arg-type]
+
+
+def test_overwrite_never_empties_its_own_input(tmp_path: Path) -> None:
+    run([shard(tmp_path / "in" / "a.tar", 1, 2)], tmp_path / "out")
+    with pytest.raises(UsageError, match="which --overwrite empties"):
+        run([tmp_path / "out" / "a.tar"], tmp_path / "out", overwrite=True)
+    assert check_shards([tmp_path / "out"]).samples == 2
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"editor": 1}', '{"command": "pack"}', "torn {"])
+def test_what_another_made_is_neither_emptied_nor_mixed_with(tmp_path: Path, settings: str) -> None:
+    (tmp_path / "settings.json").write_text(settings)
+    (tmp_path / "precious.txt").write_text("x")
+    with (
+        pytest.raises(UsageError, match="Name an empty or new directory"),
+        OutputDirectory(tmp_path, "x", {}, overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_other_contents_under_the_same_name_are_other_settings(tmp_path: Path) -> None:
+    given = shard(tmp_path / "in.tar", 1)
+    run([given], tmp_path / "out")
+    assert run([given], tmp_path / "out") == 0
+    shard(given, 1)  # the same made again
+    assert run([given], tmp_path / "out") == 0
+    shard(given, 2)
+    with pytest.raises(UsageError, match="input contents was"):
+        run([given], tmp_path / "out")
+    (tmp_path / "tokens").mkdir()
+    weights = tmp_path / "tokens" / "a.safetensors"
+    for number, data in enumerate((b"one", b"one", b"two")):
+        weights.write_bytes(data)
+        settings = {"tokens": tmp_path / "tokens"}
+        if number < 2:
+            with OutputDirectory(tmp_path / "drawn", "x", settings):
+                pass
+    with (
+        pytest.raises(UsageError, match="tokens contents was"),
+        OutputDirectory(tmp_path / "drawn", "x", settings),
+    ):
+        pass
+
+
+def test_a_key_in_two_data_sets_is_no_fault(tmp_path: Path) -> None:
+    shard(tmp_path / "synth" / "a.tar", 1)
+    shard(tmp_path / "scored" / "a.tar", 1)
+    assert not check_shards([tmp_path / "synth", tmp_path / "scored"], remove=True).broken
+    assert check_shards([tmp_path / "synth", tmp_path / "scored"]).samples == 2
+    with pytest.raises(UsageError, match="a pipe cannot be checked"):
+        check_shards([Path("-")])
+
+
+def numbered(count: int, start: int = 0) -> Iterator[Sample]:
+    yield from (make_sample(n) for n in range(start, start + count))
+
+
+def reduce(count: int, out: Path, start: int = 0) -> int:
+    return run_reduction(numbered(count, start), str(out), "x", {})
+
+
+def test_a_reduction_whose_shard_is_gone_is_done_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("utilgen_cli.commands.streams._write_all.__defaults__", (2,))
+    assert reduce(5, tmp_path / "out") == 5
+    assert reduce(5, tmp_path / "out") == 0
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.tar")}
+    assert len(whole) == 3
+    (tmp_path / "out" / "00002.tar").unlink()
+    assert reduce(5, tmp_path / "out") == 5
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.tar")} == whole
+
+
+def test_a_shorter_stream_leaves_no_shards_of_a_longer_one(tmp_path: Path) -> None:
+    _write_all(numbered(5), tmp_path, 2)
+    _write_all(numbered(3, 10), tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".shards.json", "00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json",
+    ]  # fmt: skip
+    assert _is_published(tmp_path)
+    assert json.loads((tmp_path / ".shards.json").read_text()) == ["00000.tar", "00001.tar"]
+
+
+@pytest.mark.parametrize("names", [("A/a.tar", "B/a.tar"), ("d.x1", "d.x2")])
+@pytest.mark.parametrize("part", [None, "0/2"])
+def test_two_inputs_never_become_one_output(
+    tmp_path: Path, names: tuple[str, str], part: str | None
+) -> None:
+    inputs = [shard(tmp_path / name, n) for n, name in enumerate(names)]
+    with pytest.raises(UsageError, match="two input shards would become"):
+        run(inputs, tmp_path / "out", part=part)
+
+
+def test_one_shard_has_one_writer(tmp_path: Path) -> None:
+    def writing() -> Iterator[Sample]:
+        yield make_sample(1)
+        with pytest.raises(UtilgenError, match="another process writes this shard"):
+            write_shard(tmp_path / "a.tar", [make_sample(2)])
+        yield make_sample(3)
+
+    assert write_shard(tmp_path / "a.tar", writing()) == 2
+    assert check_shards([tmp_path]).samples == 2
+
+
+def test_parts_of_arrays_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ID", "6"), ("MIN", "2"), ("STEP", "2"), ("COUNT", "5")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert parse_part("slurm") == (2, 5)
+    assert expand_braces("{2..0}") == ["2", "1", "0"]
+    with pytest.raises(UsageError, match="a pipe has none"):
+        open_source(["-"]).part("0/2")
+    monkeypatch.setenv("RANK", "abc")
+    assert world() == (0, 1)
+
+
+def test_a_list_from_a_spreadsheet_may_begin_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path,label\nmissing.png,cat\n", encoding="utf-8-sig")
+    with pytest.raises(NoInput, match=r"missing\.png"):
+        list_images(tmp_path / "a.csv")
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "dir.html").mkdir()
+    for name in ("file.txt", "dir.html"):
+        with pytest.raises(UsageError, match="--report"):
+            prepare_report(tmp_path / name)
+    prepare_report(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_shards_that_only_lookahead_reads_are_refused_without_it() -> None:
+    aside = Quarantine()
+    with pytest.raises(UsageError, match="Add --lookahead"):
+        ScoreRequest("-", "loss", None, False, ["real"], [], False, None, aside).check()
+    ScoreRequest("-", "loss", None, True, ["real"], ["val"], False, None, aside).check()
