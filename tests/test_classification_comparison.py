@@ -158,6 +158,25 @@ def test_selection_needs_validation_images_that_are_not_trained_on(inputs: Input
         compare_arms(inputs, replace(PROTOCOL, baseline="best"))
 
 
+def test_other_validation_images_are_another_selection(inputs: Inputs, tmp_path: Path) -> None:
+    selecting = replace(PROTOCOL, config=replace(PROTOCOL.config, validate_every=2), seeds=1)
+    other = shards_of(tmp_path / "val", colour_images(6, seed=77))
+    alone = replace(inputs, synthetic={})
+    compare_arms(alone, selecting, tmp_path / "runs")
+    before = set((tmp_path / "runs").iterdir())
+    compare_arms(replace(alone, validation=other), selecting, tmp_path / "runs")
+    assert set((tmp_path / "runs").iterdir()) - before
+
+
+def test_a_probe_whose_weights_are_gone_is_trained_again(inputs: Inputs, tmp_path: Path) -> None:
+    one = replace(inputs, synthetic={"good": inputs.synthetic["good"]})
+    protocol = replace(PROTOCOL, seeds=1)
+    whole = compare_arms(one, protocol, tmp_path / "runs").summary
+    for weights in (tmp_path / "runs").glob("*.safetensors"):
+        weights.unlink()
+    assert compare_arms(one, protocol, tmp_path / "runs").summary["arms"] == whole["arms"]
+
+
 def test_validation_joins_the_real_share_of_all_arms_alike(inputs: Inputs) -> None:
     found = compare_arms(inputs, replace(PROTOCOL, validation_as_train=True, seeds=1)).summary
     assert [a["n_real"] for a in found["arms"]] == [30, 0, 0, 30, 30]

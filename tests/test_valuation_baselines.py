@@ -27,16 +27,16 @@ def knn_world(seed: int) -> tuple[torch.Tensor, ...]:
     return x, y, v, u
 
 
-def knn_utility(subset: tuple[int, ...], x, y, v, u) -> float:
+def knn_utility(subset: tuple[int, ...], x, y, v, u, k: int) -> float:
     """Mean over the validation points of (right votes among the K nearest) / K."""
     total = 0.0
     for point, label in zip(v, u, strict=True):
-        nearest = sorted(subset, key=lambda i: -float(point @ x[i]))[:K]
-        total += sum(bool(y[i] == label) for i in nearest) / K
+        nearest = sorted(subset, key=lambda i: -float(point @ x[i]))[:k]
+        total += sum(bool(y[i] == label) for i in nearest) / k
     return total / V
 
 
-def shapley(x, y, v, u) -> list[float]:
+def shapley(x, y, v, u, k: int = K) -> list[float]:
     """The definition: marginal gains averaged over all orders."""
     found = [0.0] * len(y)
     for i in range(len(y)):
@@ -44,15 +44,17 @@ def shapley(x, y, v, u) -> list[float]:
         for size in range(len(y)):
             weight = 1 / (len(y) * math.comb(len(y) - 1, size))
             for subset in itertools.combinations(others, size):
-                gain = knn_utility((*subset, i), x, y, v, u) - knn_utility(subset, x, y, v, u)
+                joined = knn_utility((*subset, i), x, y, v, u, k)
+                gain = joined - knn_utility(subset, x, y, v, u, k)
                 found[i] += weight * gain
     return found
 
 
+@pytest.mark.parametrize("k", [1, K, N, 10])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_knn_shapley_is_the_shapley_value(seed):
+def test_knn_shapley_is_the_shapley_value(seed, k):
     x, y, v, u = knn_world(seed)
-    assert knn_shapley(x, y, v, u, K).tolist() == pytest.approx(shapley(x, y, v, u))
+    assert knn_shapley(x, y, v, u, k).tolist() == pytest.approx(shapley(x, y, v, u, k))
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
@@ -72,26 +74,37 @@ def value(tmp_path_factory):
     return train_values(data, config, tmp_path_factory.mktemp("value"), seed=0)
 
 
-def test_influence_is_the_drop_in_validation_loss_of_a_last_layer_step(value):
-    """<grad L_i, grad L_val> by autograd on the head, per fold, averaged."""
-    new, pool = colours(2, 9), [colours(8, 1), colours(6, 3)]
-    images = torch.cat([p.images for p in pool])
-    labels = torch.cat([p.labels for p in pool])
+def test_influence_is_minus_the_squared_gradient_of_the_last_layer(value):
+    """Self-influence by autograd on the head, averaged over the folds."""
+    new = colours(2, 9)
     expected = torch.zeros(len(new))
-    for k, classifier in enumerate(value.classifiers):
-        held = torch.nonzero(value.held_out_folds(images) == k)[:, 0]
+    for classifier in value.classifiers:
         head = list(classifier.head.requires_grad_(True).parameters())
-
-        def gradient(x, y, classifier=classifier, head=head):
-            return torch.autograd.grad(F.cross_entropy(classifier(x / 255), y), head)
-
-        val = gradient(images[held], labels[held])
         for i in range(len(new)):
-            own = gradient(new.images[[i]], new.labels[[i]])
-            expected[i] += sum((a * b).sum() for a, b in zip(own, val, strict=True)) / 2
+            loss = F.cross_entropy(classifier(new.images[[i]] / 255), new.labels[[i]])
+            expected[i] -= sum(g.square().sum() for g in torch.autograd.grad(loss, head)) / 2
         classifier.head.requires_grad_(False)
     found = value.judge_pixels(new.images, new.labels).influence
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    wrong = value.judge_pixels(new.images, (new.labels + 1) % 3).influence
+    assert wrong.mean() < found.mean()
+
+
+def test_a_frozen_tower_stays_as_it_is_under_lookahead():
+    from utilgen_cli.valuation.lookahead import trainable_copy
+
+    class Tower(torch.nn.Module):
+        frozen = True
+
+        def __init__(self):
+            super().__init__()
+            self.tower, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    copied = trainable_copy(Tower().requires_grad_(False))
+    taken = [name for name, p in copied.named_parameters() if p.requires_grad]
+    assert taken == ["head.weight", "head.bias"]
+    Tower.frozen = False
+    assert all(p.requires_grad for p in trainable_copy(Tower()).parameters())
 
 
 def test_lookahead_puts_right_labels_above_wrong_ones(value):

@@ -19,7 +19,7 @@ from ..runtime.errors import UsageError
 from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
 from .analysis import Analyst
-from .arms import REAL, Arm, build_arms, digest_shards
+from .arms import REAL, Arm, build_arms, digest_images, digest_shards
 from .cost import generation_cost
 from .data import LabelledImages, load_images
 from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
@@ -105,10 +105,11 @@ def _compare(
     as_train = validation if protocol.validation_as_train else None
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
-    runs, probes = _plan(protocol, arms, real)
+    runs, probes = _plan(protocol, arms, real, validation)
     trainer = Trainer(protocol.config, size, protocol.device, protocol.pretrained, validation)
     team.wait()  # the first process holds the directory now
-    train_runs([*runs, *probes], trainer, directory, progress, team)
+    keep = frozenset(run.name for run in probes)
+    train_runs([*runs, *probes], trainer, directory, keep, progress, team)
     team.part()
     if team.rank:
         return None
@@ -118,7 +119,6 @@ def _compare(
         analyses = {name: analyst.analyse(data) for name, data in synthetic.items()}
     # Nothing below trains or chooses: the test set is opened here, once.
     test = load(inputs.test)
-    keep = frozenset(run.name for run in probes)
     judge_runs(runs, lambda: test, directory, protocol.device, keep, progress)
     prints = Prints.of(test)
     sets = {"real": real, "validation": validation, **synthetic}
@@ -141,10 +141,14 @@ def _compare(
     return Comparison(json.loads(json.dumps(summary)), influence)
 
 
-def _plan(protocol: Protocol, arms: list[Arm], real: LabelledImages) -> tuple[list[Run], list[Run]]:
+def _plan(
+    protocol: Protocol, arms: list[Arm], real: LabelledImages, validation: LabelledImages | None
+) -> tuple[list[Run], list[Run]]:
     """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
     context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
                "device": protocol.device.type}  # fmt: skip
+    if validation is not None and protocol.config.validate_every:
+        context["selected on"] = digest_images(validation)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.seeds)
     runs = plan_runs(arms, protocol.archs, seeds, protocol.config, context)
     probe = Arm("real", REAL, real)

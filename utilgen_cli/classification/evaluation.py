@@ -102,13 +102,21 @@ class Trainer:
 
 
 def train_runs(
-    runs: Sequence[Run], trainer: Trainer, directory: Path, progress: Progress = silent,
-    team: Team | None = None,
+    runs: Sequence[Run], trainer: Trainer, directory: Path, keep: frozenset[str] = frozenset(),
+    progress: Progress = silent, team: Team | None = None,
 ) -> None:  # fmt: skip
-    """Train what has neither a result nor a saved classifier yet; stop where a signal asks to."""
+    """Train what has neither a result nor a saved classifier yet; stop where a signal asks to.
+
+    What is in `keep` is trained unless its classifier is there: it is looked into, not only tested.
+    """
     unique = list({run.name: run for run in runs}.values())  # a probe is often the real arm itself
     mine = (team or Team()).share(unique)
-    missing = [run for run in mine if not is_trained(directory, run)]
+    missing = [
+        run
+        for run in mine
+        if not is_trained(directory, run)
+        or (run.name in keep and not weights_path(directory, run).exists())
+    ]
     with progress("train arms", len(missing)) as task:
         for run in missing:
             signals.check()

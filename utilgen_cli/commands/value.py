@@ -114,7 +114,7 @@ def score(
         typer.Option("--agreed", help="Pass on only what the value model sees as its class."),
     ] = False,
     lookahead: Annotated[
-        bool, typer.Option("--lookahead", help="Also value the set as a whole.")
+        bool, typer.Option("--lookahead", help="Also value the input as a set.")
     ] = False,
     real: Annotated[
         list[str] | None, typer.Option("--real", help="Real shards, for --lookahead; may repeat.")

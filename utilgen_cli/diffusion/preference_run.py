@@ -168,7 +168,7 @@ def write_pipeline(model: LatentDiffusion, name: str, out: Path) -> None:
     from .bundle import find_model
 
     base = load_model(name, dtype=model.dtype)
-    base.unet = model.unet.to("cpu", model.dtype)
+    base.unet = model.unet.to("cpu")  # as it was trained, in fp32: half of it would lose the steps
     as_pipeline(base).save_pretrained(out)
     source = find_model(name)
     if (source / "utilgen.json").is_file():

@@ -34,14 +34,23 @@ class Lookahead:
         return self.without - self.with_set
 
 
+def trainable_copy(model: nn.Module) -> nn.Module:
+    """A copy that takes gradients, but for a tower that was frozen when the model was trained."""
+    copied = copy.deepcopy(model)
+    frozen = getattr(model, "frozen", False)
+    for name, p in copied.named_parameters():
+        p.requires_grad_(not frozen or name.startswith("head.") or "lora_" in name)
+    return copied
+
+
 def fine_tuned_loss(
     model: nn.Module, real: LabelledImages, extra: LabelledImages | None,
     validation: LabelledImages, *, steps: int, lr: float, seed: int,
 ) -> float:  # fmt: skip
     """Validation loss of a copy of `model` after `steps` steps on real (and extra) images."""
     config = TrainConfig(steps=steps, lr=lr, warmup=0.0)
-    tuned = copy.deepcopy(model).requires_grad_(True).train()
-    train_classifier(tuned, real, config, seed=seed, mix=extra)
+    tuned = trainable_copy(model).train()
+    train_classifier(tuned, real, config, seed=seed, mix=real if extra is None else extra)
     logits = predict(tuned, validation.images)
     return float(nn.functional.cross_entropy(logits, validation.labels))
 
@@ -59,7 +68,8 @@ def lookahead(
 ) -> Lookahead:
     """Value a set by every classifier of `value`, each on real images held out from it.
 
-    Both runs of a classifier see the same real batches, so that noise cancels in the gain.
+    One half of every batch is the same real images in both runs of a classifier, so that noise
+    cancels in the gain; the other half is the set, or more real images.
     """
     return lookaheads(
         value, real, [candidates], validation, steps=steps, lr=lr, seed=seed, progress=progress

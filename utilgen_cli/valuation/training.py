@@ -27,7 +27,6 @@ from .value_model import (
     ValueModel,
     load_value,
     read_snapshot,
-    with_one,
 )
 
 
@@ -113,24 +112,16 @@ def describe(
 def reference_tensors(
     snapshots: list[Snapshot], pool: Pool, known: dict[int, int]
 ) -> dict[str, Tensor]:
-    """What scoring compares with: the folds, real features, and last-layer validation gradients."""
+    """What scoring compares with: the folds, and the features of real images."""
     found = {
         "hash": torch.tensor(list(known), dtype=torch.int64),
         "fold": torch.tensor(list(known.values()), dtype=torch.uint8),
     }
     judge = cast(Classifier, snapshots[-1].classifiers[0])
-    fold = 0 if known else -1
-    sets = {"train": pool.trained_on(fold)[0], "validation": pool.validated_on(fold)}
+    sets = {"train": pool.trained_on(0)[0], "validation": pool.validated_on(0)}
     for name, at in sets.items():
         found[f"{name}_features"] = F.normalize(features_of(judge, pool.images[at]), dim=1)
         found[f"{name}_labels"] = pool.labels[at]
-    for s, snapshot in enumerate(snapshots):
-        for k, classifier in enumerate(cast(list[Classifier], snapshot.classifiers)):
-            at = pool.validated_on(k if known else -1)
-            f = features_of(classifier, pool.images[at])
-            p = torch.softmax(classifier.head(f.to(classifier.head.weight.device)).cpu(), 1)
-            error = p - F.one_hot(pool.labels[at], p.shape[1])
-            found[f"gradient.{s}.{k}"] = error.T @ with_one(f) / len(at)
     return found
 
 

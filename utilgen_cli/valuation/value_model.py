@@ -38,7 +38,7 @@ class Judgement:
     loss: Tensor  # [B]
     probabilities: Tensor  # [B, C]
     spread: Tensor  # [B], standard deviation over members of the label's probability
-    influence: Tensor  # [B], last-layer TracIn
+    influence: Tensor  # [B], minus the self-influence of TracIn in the last layer
     features: Tensor  # [B, D], of the reference classifier, unit length
 
     @property
@@ -145,9 +145,8 @@ class ValueModel(nn.Module):
                     votes.features = F.normalize(features, dim=1)
                     features = features[may]
                 if bool(may.any()):
-                    gradient = self.reference.get(f"gradient.{s}.{k}")
                     at = torch.nonzero(may)[:, 0]
-                    votes.add(at, classifier, snapshot.weight_net, features, labels, gradient)
+                    votes.add(at, classifier, snapshot.weight_net, features, labels)
                     left -= may.long()
         return votes.result()
 
@@ -197,7 +196,7 @@ class _Votes:
 
     def add(
         self, at: Tensor, classifier: Classifier, net: WeightNet, features: Tensor,
-        labels: Tensor, gradient: Tensor | None,
+        labels: Tensor,
     ) -> None:  # fmt: skip
         at = at.to(features.device)
         y = labels[at]
@@ -211,10 +210,9 @@ class _Votes:
         self.p = self.p.index_add(0, at, p)
         self.own = self.own.index_add(0, at, own)
         self.p_squared = self.p_squared.index_add(0, at, own**2)
-        if gradient is not None:
-            error = p - F.one_hot(y, p.shape[1])
-            product = ((error @ gradient.to(error)) * with_one(features)).sum(1)
-            self.influence = self.influence.index_add(0, at, product)
+        error = p - F.one_hot(y, p.shape[1])  # grad L_i is its outer product with (features, 1)
+        squared = error.square().sum(1) * (features.square().sum(1) + 1)
+        self.influence = self.influence.index_add(0, at, -squared)
 
     def result(self) -> Judgement:
         n = self.count
@@ -223,11 +221,6 @@ class _Votes:
             self.logit / n, self.loss / n, self.p / n[:, None], variance.detach().sqrt(),
             self.influence / n, self.features,
         )  # fmt: skip
-
-
-def with_one(features: Tensor) -> Tensor:
-    """Features and the 1 that the bias multiplies, [B, D + 1]."""
-    return torch.cat([features, torch.ones_like(features[:, :1])], 1)
 
 
 def load_value(
