@@ -128,10 +128,13 @@ def test_a_view_shows_each_class_with_its_best_first_and_its_names_escaped() -> 
     assert np.asarray(Image.open(io.BytesIO(first))).shape == (8, 8, 3)
 
 
-def test_a_view_of_pairs_shows_winner_and_loser() -> None:
-    one, two = (encode_image(np.full((8, 8, 3), v, np.uint8)) for v in (10, 200))
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_view_of_pairs_shows_winner_and_loser(kind: str) -> None:
+    one, two = (
+        encode_image(np.full((8, 8, 3), v, np.uint8), k) for v, k in ((10, "png"), (200, kind))
+    )
     facts = encode_json({"win_key": "a-win", "lose_key": "a-lose"})
-    pair = Sample("a", {"win.png": one, "lose.png": two, "cls": b"1", "json": facts})
+    pair = Sample("a", {"win.png": one, f"lose.{kind}": two, "cls": b"1", "json": facts})
     parsed = Page(view_page([pair], "pairs/", 4))
     values = [
         int(np.asarray(Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))))[0, 0, 0])

@@ -208,6 +208,25 @@ def test_select_is_even_over_classes_and_keeps_the_order(value):
     assert [s.key for s in picked] == sorted((s.key for s in picked), key=keys.index)
 
 
+def test_select_looks_at_four_candidates_for_each_that_it_picks(value, monkeypatch):
+    from utilgen_cli.valuation import subset
+
+    seen = []
+
+    def watching(utilities, features, n):
+        seen.append((len(utilities), n, utilities))
+        return pick_diverse(utilities, features, n)
+
+    monkeypatch.setattr(subset, "pick_diverse", watching)
+    samples = list(as_samples(colours(20, 7)))
+    assert len(list(select_samples(iter(samples), Scorer(value), 6))) == 6
+    every = [s.parsed("utility.json")["utility"] for s in Scorer(value)(iter(samples))]
+    for label, (candidates, n, utilities) in enumerate(seen):
+        own = sorted(u for u, s in zip(every, samples, strict=True) if s.label == label)
+        assert n == 2 and candidates >= 8
+        assert utilities.min().item() == pytest.approx(own[-8])
+
+
 def test_shares_go_round_until_all_are_dealt():
     assert shares(7, [1, 9, 9]) == [1, 3, 3]
     assert shares(9, [1, 2]) == [1, 2]

@@ -153,16 +153,15 @@ def pair_list(pairs: Iterable[tuple[Sample, Sample]], names: tuple[str, str]) ->
 
 def halves(sample: Sample) -> tuple[Sample, Sample] | None:
     """Winner and loser of a preference pair as samples of their own; None for a single image."""
-    kinds = [kind for kind in IMAGE_TYPES if f"win.{kind}" in sample.members]
-    if not kinds:
-        return None
-    facts = sample.facts
-    return tuple(  # type: ignore[return-value]
-        Sample(str(facts.get(f"{side}_key", sample.key)),
-               {kinds[0]: sample._member(f"{side}.{kinds[0]}"), "cls": sample._member("cls")},
-               sample.origin)
-        for side in ("win", "lose")
-    )  # fmt: skip
+    sides = []
+    for side in ("win", "lose"):
+        kind = next((kind for kind in IMAGE_TYPES if f"{side}.{kind}" in sample.members), None)
+        if kind is None:
+            return None
+        members = {kind: sample.members[f"{side}.{kind}"], "cls": sample._member("cls")}
+        key = str(sample.facts.get(f"{side}_key", sample.key))
+        sides.append(Sample(key, members, sample.origin))
+    return sides[0], sides[1]
 
 
 def contact_png(sheets: list[ClassSheet], lowest: bool = False, side: int = 64) -> bytes:

@@ -31,6 +31,9 @@ def select_samples(samples: Iterable[Sample], scorer: Scorer, count: int) -> Ite
     picked: list[tuple[int, Sample]] = []
     portions = shares(count, [len(entries) for entries in found.values()])
     for entries, n in zip(found.values(), portions, strict=True):
+        if len(entries) > CANDIDATES * n:
+            least = sorted((u for u, _, _ in entries), reverse=True)[CANDIDATES * n - 1]
+            entries = [entry for entry in entries if entry[0] >= least]
         utilities = torch.tensor([u for u, _, _ in entries])
         vectors = torch.stack([f for _, _, (_, f) in entries])
         picked += [(entries[i][1], entries[i][2][0]) for i in pick_diverse(utilities, vectors, n)]
