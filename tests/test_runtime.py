@@ -214,3 +214,13 @@ def test_an_error_is_one_terminal_safe_line() -> None:
     line = str(UtilgenError("a\x1b[31m\nb", "why", "Do this."))
     assert "\n" not in line and "\x1b" not in line
     assert line.endswith(": why. Do this.")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_several_processes_the_first_one_tells_of_a_signal(rank: str, lines: int) -> None:
+    code = "from utilgen_cli.runtime import signals; signals.leave(15, 'nothing was under way')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False,
+        env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count(b"\n")) == (75, lines)

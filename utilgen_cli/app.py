@@ -14,7 +14,7 @@ import typer
 from . import __version__
 from .commands import check, dpo, evaluate, generate, ilpo, invert, lora, pack, pairs, value, view
 from .runtime import signals
-from .runtime.errors import ExitCode, UsageError, UtilgenError
+from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError
 from .runtime.ranks import one_process, world
 
 HELP = """Generative data augmentation judged by what it does for the classifier (UtilGen).
@@ -54,7 +54,7 @@ def _fail(name: str, error: BaseException) -> typer.Exit:
         return typer.Exit(ExitCode.INTERRUPTED)
     if not isinstance(error, UtilgenError):
         error = _translate(error)
-    if world()[0] == 0 or not isinstance(error, UsageError):  # one line, not one a process
+    if world()[0] == 0 or not isinstance(error, UsageError | Stopped):  # not one line a process
         print(f"utilgen: {name}: {error}", file=sys.stderr)
     return typer.Exit(error.exit_code)
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .errors import ExitCode, Stopped
+from .ranks import world
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NUMBERS = (signal.SIGINT, *STOP_SIGNALS)
@@ -77,10 +78,11 @@ def _watch(descriptor: int) -> None:
 
 
 def leave(number: int, how: str) -> None:
-    """End the process now, as a kill would."""
+    """End the process now, as a kill would. Of several under torchrun the first one tells."""
     name = ": ".join(["utilgen", *_command, signal.Signals(number).name])
     advice = "What was saved last is whole. Run the same command again to go on."
-    os.write(2, f"{name}: {how}. {advice}\n".encode())
+    if world()[0] == 0:
+        os.write(2, f"{name}: {how}. {advice}\n".encode())
     os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED)
 
 
