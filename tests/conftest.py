@@ -13,12 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
 from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.shards.writer import write_tar
+
+# The suite draws the same examples every time, so that red means a change. To look for new ones:
+# HYPOTHESIS_PROFILE=search pytest
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"
