@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from utilgen_cli.commands.streams import _is_published, _write_all, run_filter, 
 from utilgen_cli.commands.valuing import ScoreRequest
 from utilgen_cli.report.evaluation import prepare_report
 from utilgen_cli.runtime.errors import NoInput, UsageError, UtilgenError
+from utilgen_cli.runtime.files import open_locked
 from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.ranks import world
 from utilgen_cli.shards.check import check_shards
@@ -139,6 +141,25 @@ def test_one_shard_has_one_writer(tmp_path: Path) -> None:
 
     assert write_shard(tmp_path / "a.tar", writing()) == 2
     assert check_shards([tmp_path]).samples == 2
+
+
+def test_a_file_that_got_its_name_in_the_meantime_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between another's opening of the temporary file and its lock, the writer renames it."""
+    temporary, final = tmp_path / "a.tmp", tmp_path / "a"
+    temporary.write_bytes(b"whole")
+    lock = fcntl.flock
+
+    def late(file: object, kind: int) -> None:
+        if temporary.exists() and not final.exists():
+            temporary.replace(final)
+        lock(file, kind)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with open_locked(temporary, "file") as file:
+        file.write(b"mine")
+    assert (final.read_bytes(), temporary.read_bytes()) == (b"whole", b"mine")
 
 
 def test_parts_of_arrays_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,12 @@ volumes_and_architectures() {
   done
   once volume utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
     --synthetic base=base-x10 --synthetic full=full-x10 --times 0.5 --times 1.5 --times 2.5 \
-    --times 5 --test "$data/test" --seeds 1 --seed "$seed" -o runs --report volume -q \
+    --times 5 --test "$data/test" --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q \
     "${smoke[@]}" > /dev/null
   once architectures utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
     --synthetic base=base --synthetic full=full --test "$data/test" --seeds 1 --seed "$seed" \
-    --arch resnet18 --arch mobilenetv2_100 --size 32 -o runs --report architectures -q \
-    "${smoke[@]}" > /dev/null
+    --arch resnet18 --arch mobilenetv2_100 --size 32 "${joint[@]}" -o runs --report architectures \
+    -q "${smoke[@]}" > /dev/null
 }
 
 judge

@@ -99,12 +99,13 @@ judge() { # trains, once, the classifier that reports label fidelity and does no
   export JUDGE
 }
 
+joint=(--real-share 0.8) # of a batch, in every joint arm
 compare() { # OUT SET...: accuracy of each set alone and joined with real, and its label fidelity
   local out=$1 sets=() name
   shift
   for name in "$@"; do sets+=(--synthetic "$name=$name"); done
   once "$out" utilgen eval --real "$data/real" --val "$data/val" --val-as-train "${sets[@]}" \
-    --test "$data/test" --seeds 1 --seed "$seed" --real-share 0.8 -o runs --report "$out" -q "${smoke[@]}" > /dev/null
+    --test "$data/test" --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report "$out" -q "${smoke[@]}" > /dev/null
   once "$out-fidelity" fidelity "$out/fidelity.jsonl" "$@"
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,33 +14,43 @@ from .errors import UtilgenError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write to a temporary neighbour, fsync, rename: `path` never holds a part of `data`."""
+    """Write `data` so that `path` never holds a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with appearing_whole(path, path.with_name(f".{path.name}.tmp")) as f:
+        f.write(data)
+
+
+@contextmanager
+def appearing_whole(path: Path, temporary: Path, what: str = "file") -> Iterator[BinaryIO]:
+    """A file to write to: at the end it is synced and gets the name `path`, after an error it is
+    gone. UtilgenError: another process writes it."""
+    with open_locked(temporary, what) as file:
+        try:
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_directory(path.parent)
 
 
 def open_locked(path: Path, what: str) -> BinaryIO:
     """Open for reading and writing, made if it is not there, and held by this process alone until
     it is closed. UtilgenError: another process holds it."""
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UtilgenError(
-            str(path), f"another process writes this {what}", "Wait for it."
-        ) from None
-    return file
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            why = f"another process writes this {what}"
+            raise UtilgenError(str(path), why, "Wait for it.") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # between opening and locking, its writer gave it its final name
 
 
 def sync_directory(directory: Path) -> None:

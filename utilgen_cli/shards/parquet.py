@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
-from ..runtime.files import open_locked, sync_directory
+from ..runtime.files import appearing_whole
 from .sample import Sample
 
 GROUP = 256  # rows that are held at a time
@@ -27,22 +26,14 @@ def write_pickapic(samples: Iterable[Sample], path: Path) -> int:
         [("jpg_0", pyarrow.binary()), ("jpg_1", pyarrow.binary()),
          ("label_0", pyarrow.float32()), ("caption", pyarrow.string())]
     )  # fmt: skip
-    temporary = path.with_name(f".{path.name}.tmp")
     count = 0
-    with open_locked(temporary, "file") as file:
-        try:
-            file.truncate()
-            with parquet.ParquetWriter(file, schema) as writer:
-                for rows in _groups(map(_row, samples)):
-                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-                    count += len(rows)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_directory(path.parent)
+    with (
+        appearing_whole(path, path.with_name(f".{path.name}.tmp")) as file,
+        parquet.ParquetWriter(file, schema) as writer,
+    ):
+        for rows in _groups(map(_row, samples)):
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+            count += len(rows)
     return count
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tarfile
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import __version__
-from ..runtime.files import open_locked, sync_directory, write_json
+from ..runtime.files import appearing_whole, sync_directory, write_json
 from .reader import BLOCK
 from .sample import Sample, check_key
 from .sums import stats_path
@@ -87,7 +86,6 @@ def write_shard(
     UtilgenError: another process writes the same shard.
     """
     start = time.monotonic()
-    temporary = path.with_name(path.name + ".tmp")
     digests: dict[str, str] = {}
 
     def note(sample: Sample, data: bytes) -> None:
@@ -95,16 +93,9 @@ def write_shard(
             raise sample.bad("its key stands twice in the shard")
         digests[sample.key] = hashlib.sha256(data).hexdigest()
 
-    with open_locked(temporary, "shard") as raw:
-        try:
-            raw.truncate()
-            file = _Hashing(raw)
-            count = write_tar(samples, file, note)  # type: ignore[arg-type]
-            os.fsync(raw.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with appearing_whole(path, path.with_name(path.name + ".tmp"), "shard") as raw:
+        file = _Hashing(raw)
+        count = write_tar(samples, file, note)  # type: ignore[arg-type]
     counted = {
         "samples": count,
         "bytes": file.size,
