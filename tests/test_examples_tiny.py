@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from .conftest import DATA, ROOT
 
 sys.path.append(str(ROOT / "examples" / "tiny"))
 import fashion
+import pool
 
 needs_images = pytest.mark.skipif(
     not fashion.SOURCE.exists(), reason="needs the Debian package dataset-fashion-mnist"
@@ -22,29 +25,49 @@ needs_images = pytest.mark.skipif(
 
 
 def test_the_shift_is_seeded_and_moves_what_it_says() -> None:
-    images = torch.zeros(64, 32, 32, dtype=torch.uint8)
-    images[:, 12:20, 12:20] = 200
+    images = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    images[..., 12:20, 12:20] = 200
     first, again = (
-        fashion.Shift.draw(64, torch.Generator().manual_seed(5)).apply(images) for _ in range(2)
+        pool.Shift.draw(64, torch.Generator().manual_seed(5)).apply(images) for _ in range(2)
     )
     assert torch.equal(first, again)
-    still = fashion.Shift(*(torch.full((64,), v) for v in (0.0, 1.0, 0.0, 0.0, 1.0)))
-    torch.testing.assert_close(still.apply(images)[:, 0], images / 255, atol=1e-5, rtol=0)
-    right = fashion.Shift(*(torch.full((64,), v) for v in (0.0, 1.0, 4 / 32, 0.0, 1.0)))
-    torch.testing.assert_close(
-        right.apply(images)[:, 0], images.roll(4, 2) / 255, atol=1e-4, rtol=0
-    )
+    still = pool.Shift(*(torch.full((64,), v) for v in (0.0, 1.0, 0.0, 0.0, 1.0)))
+    torch.testing.assert_close(still.apply(images), images / 255, atol=1e-5, rtol=0)
+    right = pool.Shift(*(torch.full((64,), v) for v in (0.0, 1.0, 4 / 32, 0.0, 1.0)))
+    torch.testing.assert_close(right.apply(images), images.roll(4, 3) / 255, atol=1e-4, rtol=0)
 
 
 def test_captions_name_the_fine_class_as_often_as_the_card_says() -> None:
     draws = torch.Generator().manual_seed(0)
-    shift = fashion.Shift.draw(4000, draws)
-    texts = fashion.captions(torch.full((4000,), 5), shift, draws)
+    shift = pool.Shift.draw(4000, draws)
+    shown = pool.Pool(torch.empty(0), torch.empty(0), fashion.CLASSES, fashion.COARSE, "zeros")
+    texts = shown.captions(torch.full((4000,), 5), shift, draws)
     fine = sum("sandal" in text for text in texts) / len(texts)
     assert all("sandal" in text or "shoe" in text for text in texts)
-    assert abs(fine - fashion.FINE_SHARE) < 0.03
+    assert abs(fine - pool.FINE_SHARE) < 0.03
     tilted = [("tilted" in t, abs(d) > 12) for t, d in zip(texts, shift.degrees, strict=True)]
     assert all(is_tilted for said, is_tilted in tilted if said)
+
+
+def test_a_bundle_is_made_of_any_shards(tmp_path: Path) -> None:
+    """Digits in a folder, packed, one step of each part: the bundle draws its own classes."""
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run(list(command), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    images, shards, out = tmp_path / "images", tmp_path / "shards", tmp_path / "model"
+    utilgen = (sys.executable, "-m", "utilgen_cli")
+    run(sys.executable, ROOT / "examples" / "second" / "images.py", "digits", images)
+    assert {p.name for p in images.iterdir()} == {"pool", "real", "val", "test"}
+    run(*utilgen, "pack", images / "pool", "-o", shards)
+    for part, more in (("clip", ()), ("vae", ()), ("unet", ("--latents", "500"))):
+        script = ROOT / "examples" / "tiny" / f"train_{part}.py"
+        run(sys.executable, script, out, "--pool", shards, "--steps", "1", "--batch", "8", *more)
+    drawn = tmp_path / "drawn"
+    run(*utilgen, "generate", "-m", out, "--per-class", "1", "--steps", "1", "-o", drawn)
+    found = [s.facts["class_name"] for s in open_source([str(drawn)]).samples()]
+    assert found == sorted(path.name for path in (images / "pool").iterdir())
 
 
 @needs_images

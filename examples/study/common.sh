@@ -1,24 +1,31 @@
 # shellcheck shell=bash disable=SC2034
 # What the studies share: sourced by them, not run.
 #
-# A study is run as `bash NAME.sh [--smoke] [--seeds "0 1 2"] [DIR]` and may be stopped at any time: a
+# A study is run as `bash NAME.sh [--smoke] [--seeds "0 1 2"] [--per-class 80] [DIR]` and may be stopped at any time: a
 # step that is done is not done again, and studies in the same DIR share what they have in common.
 # Every seed has a directory: it draws other starting noise, trains another value model, another
 # generator and another classifier. All arms of a seed start from the same noise.
+#
+# Data of your own: DATA=dir (shards in real/, val/, test/), UTILGEN_MODEL=bundle, and POOL=shards to
+# train the judge on (JUDGE=file names one that is there).
 set -euo pipefail
 
 study=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data=$(cd "$study/../data" && pwd)
+data=$(cd "${DATA:-$study/../data}" && pwd) pool=(${POOL:+--pool "$(realpath "$POOL")"})
 smoke=() per_class=80 seeds="0 1 2 3 4"
 while [ $# -gt 0 ]; do
   case $1 in
     --smoke) smoke=(--smoke) per_class=4 seeds="0 1"; shift ;;
     --seeds) seeds=$2; shift 2 ;;
+    --per-class) per_class=$2; shift 2 ;;
     *) break ;;
   esac
 done
+model=${UTILGEN_MODEL:-tiny}
+[ ! -d "$model" ] || model=$(realpath "$model")
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} UTILGEN_MODEL=$model
+[ -z "${JUDGE:-}" ] || JUDGE=$(realpath -m "$JUDGE")
 mkdir -p "${1:-study}" && cd "${1:-study}"
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} UTILGEN_MODEL=${UTILGEN_MODEL:-tiny}
 : "${GUIDANCE:=1}" # the better scale for accuracy without adaptation (model card of the bundle)
 
 once() { # MARK COMMAND...: run a step, unless it has run
@@ -47,9 +54,15 @@ learn_value() { # the value model of this seed, learnt beside images that nobody
 
 filtered() { # of twice as many images, the useful and diverse half, or all seen as their class
   draw base-more --start "$per_class"
-  once filter utilgen value score base base-more --value value --select $((10 * per_class)) \
-    -q -o filter
+  once filter pass_useful base base-more
   agreed base base-more
+}
+
+pass_useful() {
+  utilgen value score "$@" --value value --select "$(samples "$1")" -q -o filter
+}
+samples() { # SHARDS: how many they hold
+  utilgen check "$1" -q --json | python -c 'import json, sys; print(json.load(sys.stdin)["samples"])'
 }
 
 agreed() { # NAME MORE: what the value model sees as its class, under NAME-agreed
@@ -95,7 +108,7 @@ set_terms=(--diversity 2 --clip-weight 0 --clip-image-weight 2)
 
 judge() { # trains, once, the classifier that reports label fidelity and does nothing else
   [ -e "${JUDGE:=$PWD/judge.safetensors}" ] ||
-    once judge python "$study/judge.py" train "$JUDGE" ${smoke:+--steps 40}
+    once judge python "$study/judge.py" train "$JUDGE" ${smoke:+--steps 40} "${pool[@]}"
   export JUDGE
 }
 

@@ -1,7 +1,8 @@
-"""The judge: a classifier trained on the 50,000 pre-training images, unshifted.
+"""The judge: a classifier trained on the images that the bundle was made from, unshifted.
 
 It reports label fidelity and nothing else: no stage of the loop may see it.
-`python judge.py train judge.safetensors`; `python judge.py score judge.safetensors synth/ ...`
+`python judge.py train judge.safetensors [--pool SHARDS]` (else the 50,000 of Fashion-MNIST);
+`python judge.py score judge.safetensors synth/ ...`
 """
 
 from __future__ import annotations
@@ -33,22 +34,24 @@ def pretraining_images(count: int | None = None) -> LabelledImages:
     return LabelledImages(rgb, labels[index], keys, list(CLASSES))
 
 
-def train(path: Path, steps: int) -> None:
-    model = build_classifier("small-cnn", len(CLASSES), 32)
+def train(path: Path, steps: int, pool: Path | None) -> None:
+    data = load_images(open_source([str(pool)]), 32) if pool else pretraining_images()
+    model = build_classifier("small-cnn", len(data.classes), 32)
     config = TrainConfig(steps=steps, batch_size=128)
-    train_classifier(model, pretraining_images(), config, seed=0, progress=reporter(False))
+    train_classifier(model, data, config, seed=0, progress=reporter(False))
     save_classifier(path, model)
-    images, labels = load("t10k")
-    hit = predict(model, images[:, None].expand(-1, 3, -1, -1)).argmax(1) == labels
-    print(f"judge: {hit.float().mean():.4f} on the 10,000 test images", file=sys.stderr)
+    if pool is None:
+        images, labels = load("t10k")
+        hit = predict(model, images[:, None].expand(-1, 3, -1, -1)).argmax(1) == labels
+        print(f"judge: {hit.float().mean():.4f} on the 10,000 test images", file=sys.stderr)
 
 
 def score(path: Path, shards: list[str]) -> None:
     model = load_classifier(path)
     for operand in shards:
-        data = load_images(open_source([operand]), 32, list(CLASSES))
+        data = load_images(open_source([operand]), 32)
         hit = (predict(model, data.images).argmax(1) == data.labels).float()
-        per_class = [hit[data.labels == c].mean().item() for c in range(len(CLASSES))]
+        per_class = [hit[data.labels == c].mean().item() for c in range(len(data.classes))]
         print(json.dumps({"shards": operand, "images": len(data), "fidelity": hit.mean().item(),
                           "per_class": [round(p, 3) for p in per_class]}))  # fmt: skip
 
@@ -59,10 +62,11 @@ def main() -> None:
     parser.add_argument("judge", type=Path)
     parser.add_argument("shards", nargs="*")
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--pool", type=Path, help="shards to learn from, not Fashion-MNIST")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.do == "train":
-        train(args.judge, args.steps)
+        train(args.judge, args.steps, args.pool)
     else:
         score(args.judge, args.shards)
 

@@ -1,22 +1,37 @@
 #!/usr/bin/env bash
-# Make the bundle that utilgen ships (utilgen_cli/tiny/) and the task's shards (examples/data/).
+# Train a tiny bundle: CLIP, VAE and U-Net for 32 x 32 images.
 #
-#   apt-get install dataset-fashion-mnist; bash examples/tiny/make.sh [OUT]
+#   bash examples/tiny/make.sh --pool SHARDS [--percent 30] OUT    a bundle in OUT, of images of your own
+#   bash examples/tiny/make.sh [OUT]                  what utilgen ships (Debian: dataset-fashion-mnist)
 #
-# About 75 minutes on two cores. Each part is seeded and runs on one thread; U-Net training goes on
-# from its last checkpoint. What is made appears in OUT (default: build/tiny).
+# The second makes utilgen_cli/tiny/ and the task's shards, in about 90 minutes of one core; --percent
+# takes that share of the steps. Each part is seeded and runs on one thread; what is there is not made
+# again, and U-Net training goes on from its last checkpoint. OUT is build/tiny by default.
 set -euo pipefail
-cd "$(dirname "$0")"
-out=${1:-../../build/tiny}
+here=$(cd "$(dirname "$0")" && pwd)
+pool=() percent=100
+while [ $# -gt 0 ]; do
+  case $1 in
+    --pool) pool=(--pool "$2"); shift 2 ;;
+    --percent) percent=$2; shift 2 ;;
+    *) break ;;
+  esac
+done
+out=${1:-$here/../../build/tiny}
 export OMP_WAIT_POLICY=passive
 mkdir -p "$out"
-[ -d "$out/open_clip" ] || python train_clip.py "$out" &
-[ -d "$out/vae" ] || python train_vae.py "$out" &
-wait
-python train_unet.py "$out"
-python make_shards.py "$out/data"
-bundle=../../utilgen_cli/tiny
-for part in model_index.json open_clip scheduler text_encoder tokenizer unet vae; do
+
+part() { # MADE NAME STEPS OPTIONS...: train a part, unless it is there
+  [ -e "$out/$1" ] || python "$here/train_$2.py" "$out" --steps $(($3 * percent / 100)) "${pool[@]}" "${@:4}"
+}
+part open_clip clip 2000
+part vae vae 2500
+part .unet unet 5000 --latents $((100000 * percent / 100)) && touch "$out/.unet"
+[ ${#pool[@]} -eq 0 ] || exit 0
+
+python "$here/make_shards.py" "$out/data"
+bundle=$here/../../utilgen_cli/tiny
+for part in model_index.json utilgen.json open_clip scheduler text_encoder tokenizer unet vae; do
   rm -rf "${bundle:?}/$part" && cp -r "$out/$part" "$bundle/"
 done
 du -sh "$bundle"

@@ -1,4 +1,4 @@
-"""Train the bundle's tokenizer and open_clip model on shifted Fashion-MNIST and its captions.
+"""Train the bundle's tokenizer and open_clip model on shifted images and their captions.
 
 Writes OUT/open_clip (open_clip `local-dir:` layout), and OUT/tokenizer and OUT/text_encoder in
 transformers format: the latent diffusion model reads the same text tower.
@@ -6,7 +6,6 @@ transformers format: the latent diffusion model reads the same text tower.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from fashion import CLASSES, COARSE, load, pretraining_batch, split
+from pool import SIZE, Pool, arguments, open_pool
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -163,7 +162,7 @@ def load_tokenizer(source: Path, out: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def train_tokenizer(out: Path) -> CLIPTokenizer:
+def train_tokenizer(out: Path, pool: Pool) -> CLIPTokenizer:
     """A byte-pair tokenizer of CLIP's form; the end-of-text id is the highest, as CLIP expects."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -178,7 +177,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
         min_frequency=1,
         show_progress=False,
     )
-    nouns = [w for name in (*CLASSES, *COARSE) for w in name.replace("-", " - ").split()]
+    nouns = [w for name in (*pool.classes, *pool.coarse) for w in name.replace("-", " - ").split()]
     tokenizer.train_from_iterator([" ".join(sorted(set(WORDS + nouns)))] * 2, trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) for m in bpe["merges"]]
@@ -193,7 +192,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
 def model_config(vocab_size: int) -> dict:
     return {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": 32, "layers": 3, "width": 128, "head_width": 32,
+        "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 128, "head_width": 32,
                        "patch_size": 8, "mlp_ratio": 3.0},
         "text_cfg": {"context_length": CONTEXT, "vocab_size": vocab_size, "width": 128, "heads": 4,
                      "layers": 2, "hf_tokenizer_name": "tokenizer"},
@@ -239,29 +238,23 @@ def to_transformers(text: open_clip.CLIP, eos: int, bos: int) -> CLIPTextModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser = arguments(__doc__, steps=2000, batch=128)
     parser.add_argument(
         "--new-tokenizer",
         action="store_true",
         help="train one: the library breaks ties between merges at random, so no two are alike",
     )
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
+    pool = open_pool(args.pool)
     if args.new_tokenizer:
-        tokenizer = train_tokenizer(args.out / "tokenizer")
+        tokenizer = train_tokenizer(args.out / "tokenizer", pool)
     else:
         tokenizer = load_tokenizer(SHIPPED, args.out / "tokenizer")
     config = model_config(len(tokenizer))
     model = open_clip.CLIP(**config)
-    images, labels = load("train")
-    index, _ = split(labels)
-    images, labels = images[index], labels[index]
     generator = torch.Generator().manual_seed(1)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -271,7 +264,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.steps, pct_start=0.1)
     start = time.time()
     for step in range(args.steps):
-        x, texts, _ = pretraining_batch(images, labels, args.batch, generator)
+        x, texts, _ = pool.batch(args.batch, generator)
         unique, inverse = sorted(set(texts)), None
         inverse = torch.tensor([unique.index(t) for t in texts])
         ids = tokenizer(
@@ -312,20 +305,29 @@ def main() -> None:
     ours = text_model(ids).pooler_output @ model.text_projection
     torch.testing.assert_close(ours, model.encode_text(ids), atol=1e-4, rtol=1e-3)
     text_model.half().save_pretrained(args.out / "text_encoder")
-    with torch.no_grad():  # zero-shot accuracy on unshifted task images
-        task, task_labels = load("train")
-        _, held = split(task_labels)
-        held = held[::5]
+    images, labels = plain(args.pool, pool)
+    with torch.no_grad():
         ids = tokenizer(
-            [f"a photo of a {c}" for c in CLASSES],
+            [f"a photo of a {c}" for c in pool.classes],
             padding="max_length",
             max_length=CONTEXT,
             return_tensors="pt",
         ).input_ids
         text = model.encode_text(ids, normalize=True)
-        x = task[held][:, None].float().expand(-1, 3, -1, -1) / 127.5 - 1
-        hit = (model.encode_image(x, normalize=True) @ text.T).argmax(1) == task_labels[held]
+        x = images.float().expand(-1, 3, -1, -1) / 127.5 - 1
+        hit = (model.encode_image(x, normalize=True) @ text.T).argmax(1) == labels
     print(f"zero-shot accuracy on unshifted images: {hit.float().mean():.3f}")
+
+
+def plain(shards: Path | None, pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unshifted images to look at: of Fashion-MNIST's task, else of the pool itself."""
+    if shards is not None:
+        return pool.images[:2000], pool.labels[:2000]
+    import fashion
+
+    images, labels = fashion.load("train")
+    _, task = fashion.split(labels)
+    return images[task[::5]][:, None], labels[task[::5]]
 
 
 if __name__ == "__main__":

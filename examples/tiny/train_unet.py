@@ -1,4 +1,4 @@
-"""Train the bundle's U-Net on the latents of shifted Fashion-MNIST and write the whole pipeline.
+"""Train the bundle's U-Net on the latents of shifted images and write the whole pipeline.
 
 OUT must hold tokenizer, text_encoder (train_clip.py) and vae (train_vae.py). A checkpoint is kept
 every 250 steps, so that an interrupted run goes on where it was.
@@ -6,17 +6,17 @@ every 250 steps, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
-from fashion import load, pretraining_batch, split
+from pool import SIZE, Pool, arguments, open_pool
 from transformers import CLIPTextModel, CLIPTokenizer
 
 SNR_GAMMA = 5.0  # min-SNR weighting, Hang et al. 2023
@@ -33,7 +33,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def cache_latents(out: Path, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cache_latents(out: Path, pool: Pool, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """n shifted draws as latents [n, 4, 8, 8], caption ids [n], and one embedding a caption."""
     path = out / "latents.pt"
     if path.exists():
@@ -43,15 +43,12 @@ def cache_latents(out: Path, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).eval()
-    images, labels = load("train")
-    pretrain, _ = split(labels)
-    images, labels = images[pretrain], labels[pretrain]
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(3)
     known: dict[str, int] = {"": 0}
     latents, index = [], []
     for i in range(0, n, 500):
-        x, texts, _ = pretraining_batch(images, labels, 500, generator)
+        x, texts, _ = pool.batch(500, generator)
         latents.append(vae.encode(x).latent_dist.sample() * vae.config.scaling_factor)
         index += [known.setdefault(t, len(known)) for t in texts]
         if i % 10_000 == 0:
@@ -66,7 +63,9 @@ def cache_latents(out: Path, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return saved["latents"], saved["index"], saved["embeds"]
 
 
-def write_pipeline(out: Path, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+def write_pipeline(
+    out: Path, unet: UNet2DConditionModel, scheduler: DDIMScheduler, classes: Sequence[str]
+) -> None:
     unet.half().save_pretrained(out / "unet")
     unet.float()
     scheduler.save_pretrained(out / "scheduler")
@@ -84,19 +83,21 @@ def write_pipeline(out: Path, unet: UNet2DConditionModel, scheduler: DDIMSchedul
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    ours = {
+        "classes": list(classes), "clip": "open_clip", "guidance_scale": 2.0, "size": SIZE,
+        "steps": 20, "template": "a photo of a {}",
+    }  # fmt: skip
+    (out / "utilgen.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser = arguments(__doc__, steps=5000, batch=128)
     parser.add_argument("--latents", type=int, default=100_000)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    latents, index, embeds = cache_latents(args.out, args.latents)
+    pool = open_pool(args.pool)
+    latents, index, embeds = cache_latents(args.out, pool, args.latents)
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
@@ -150,7 +151,7 @@ def main() -> None:
             )  # fmt: skip
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-            write_pipeline(args.out, make_copy(unet), scheduler)
+            write_pipeline(args.out, make_copy(unet), scheduler, pool.classes)
             ema.restore(unet.parameters())
 
 

@@ -1,15 +1,13 @@
-"""Train the bundle's AutoencoderKL (32 x 32 x 3 -> 8 x 8 x 4) on shifted Fashion-MNIST."""
+"""Train the bundle's AutoencoderKL (32 x 32 x 3 -> 8 x 8 x 4) on shifted images."""
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from fashion import load, pretraining_batch, split
+from pool import arguments, open_pool
 
 
 def edges(x: torch.Tensor) -> torch.Tensor:
@@ -18,12 +16,7 @@ def edges(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, steps=2500, batch=32).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -32,16 +25,14 @@ def main() -> None:
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     print(f"vae {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
-    images, labels = load("train")
-    index, _ = split(labels)
-    images, labels = images[index], labels[index]
+    pool = open_pool(args.pool)
     generator = torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.05)
     ema = EMAModel(vae.parameters(), decay=0.998)
     start = time.time()
     for step in range(args.steps):
-        x, _, _ = pretraining_batch(images, labels, args.batch, generator)
+        x, _, _ = pool.batch(args.batch, generator)
         with torch.autocast("cpu", torch.bfloat16):  # 1.6 times the speed of float32 on AVX512-BF16
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
@@ -60,7 +51,7 @@ def main() -> None:
             print(f"vae {step} loss {loss:.4f} mse {mse:.4f} {seconds:.0f} s", flush=True)
     ema.copy_to(vae.parameters())
     with torch.no_grad():
-        x, _, _ = pretraining_batch(images, labels, 1024, generator)
+        x, _, _ = pool.batch(1024, generator)
         z = vae.encode(x).latent_dist.sample()
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
         print(
