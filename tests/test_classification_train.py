@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from utilgen_cli.classification.batches import Batches, stored_side
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.classification.train import (
-    Batches,
     TrainConfig,
     learning_rate,
     predict,
@@ -24,7 +29,7 @@ from utilgen_cli.classification.train import (
     weighted_loss,
 )
 from utilgen_cli.runtime import signals
-from utilgen_cli.runtime.errors import Stopped, UsageError
+from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.progress import silent
 
 from .classification_toys import colour_images
@@ -86,7 +91,7 @@ def test_a_joint_batch_has_the_real_share_that_was_asked_for(share: float) -> No
     real, synthetic = colour_images(4), colour_images(9)
     real.images.fill_(10)
     synthetic.images.fill_(200)
-    config = TrainConfig(batch_size=12, augment=False, real_share=share)
+    config = TrainConfig(batch_size=12, augmentation="none", real_share=share)
     for _, (x, _, _) in zip(range(4), Batches(real, config, 0, mix=synthetic), strict=False):
         assert x.shape[0] == 12
         assert (x[:, 0, 0, 0] < 0.5).sum() == round(12 * share)
@@ -178,3 +183,66 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert (result.loss, result.history) == (expected.loss, expected.history)
     assert result.selected_step == expected.selected_step
+
+
+@pytest.mark.parametrize("name", ["crop", "trivial", "rand"])
+def test_workers_augment_the_same_images(name: str) -> None:
+    """Other numbers of workers, and a start in the middle: the same batches, bit for bit."""
+    config, data = TrainConfig(batch_size=6, augmentation=name), colour_images(8, size=18)
+    drawn = [
+        [x for x, _, _ in islice(Batches(data, config, 3, start=start, size=16, workers=n), 4)]
+        for n, start in ((0, 0), (2, 0), (1, 2))
+    ]
+    assert all(x.shape == (6, 3, 16, 16) for x in drawn[0])
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0][2:], drawn[2], strict=False))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+    other = next(iter(Batches(data, config, 4, size=16)))[0]
+    assert not torch.equal(drawn[0][0], other)
+
+
+def test_workers_leave_the_noise_of_the_model_alone() -> None:
+    def weights(workers: int) -> dict[str, torch.Tensor]:
+        model = build_classifier("small-cnn", 3, 16, seed=1)
+        model.tower.append(torch.nn.Dropout(0.5))
+        config = replace(QUICK, augmentation="crop")
+        train_classifier(model, colour_images(8, size=18), config, seed=1, workers=workers)
+        return model.state_dict()
+
+    none, two = weights(0), weights(2)
+    assert all(torch.equal(none[k], two[k]) for k in none)
+
+
+def test_a_killed_worker_ends_the_training_with_advice() -> None:
+    batches = iter(
+        Batches(colour_images(8), TrainConfig(batch_size=6, augmentation="crop"), 0, workers=1)
+    )
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(UtilgenError, match=r"loader workers: one of them died.*fewer --workers"):
+        for _ in range(100):
+            next(batches)
+
+
+def test_workers_do_not_heed_the_signals_of_their_group() -> None:
+    batches = iter(
+        Batches(colour_images(8), TrainConfig(batch_size=6, augmentation="crop"), 0, workers=1)
+    )
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for number in signals.NUMBERS:
+        os.kill(worker.pid or 0, number)
+    for _ in range(10):
+        next(batches)
+    assert worker.is_alive()
+    del batches
+    gc.collect()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_an_unknown_augmentation_is_refused() -> None:
+    with pytest.raises(UsageError, match="--augment blur: unknown"):
+        stored_side("blur", 224)
+    assert (stored_side("crop", 224), stored_side("pad", 224)) == (256, 224)

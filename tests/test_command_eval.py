@@ -11,13 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from utilgen_cli.classification.models import build_classifier, load_classifier
 from utilgen_cli.classification.team import Team
 from utilgen_cli.commands.evaluate_options import named, open_inputs, read_value
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 from .classification_toys import colour_images, shards_of
-from .conftest import Run
+from .conftest import ROOT, Run
+
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", "2", "-m", "utilgen_cli"]  # fmt: skip
 
 
 @pytest.fixture
@@ -66,9 +72,7 @@ def test_two_processes_share_the_runs_and_make_the_same_table(
     utilgen: Run, sets: list[str], tmp_path: Path
 ) -> None:
     options = ["eval", *sets, "--steps", "3", "--seeds", "3", "--json", "-o"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "2", "-m", "utilgen_cli"]  # fmt: skip
-    both = subprocess.run([*torchrun, *options, "two"], cwd=tmp_path, capture_output=True)
+    both = subprocess.run([*TORCHRUN, *options, "two"], cwd=tmp_path, capture_output=True)
     assert both.returncode == 0, both.stderr.decode()
     one, two = json.loads(utilgen(*options, "one").stdout), json.loads(both.stdout)
     for found in (one, two):
@@ -77,6 +81,24 @@ def test_two_processes_share_the_runs_and_make_the_same_table(
             for run in arm["runs"]:
                 run.pop("seconds")
     assert one == two
+
+
+def test_two_processes_train_one_classifier_as_one_does(
+    utilgen: Run, sets: list[str], tmp_path: Path
+) -> None:
+    """With --data-parallel each takes half of every batch; no batch norm here, which sees parts."""
+    options = ["eval", *sets, "--arch", f"open_clip-lora:{CLIP}", "--batch-size", "9",
+               "--augment", "crop", "--steps", "4", "--seeds", "1", "--json", "-o"]  # fmt: skip
+    command = [*TORCHRUN, *options, "two", "--data-parallel"]
+    both = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert both.returncode == 0, both.stderr.decode()
+    utilgen(*options, "one", "--workers", "1")
+    [one], [two] = ([*tmp_path.glob(f"{name}/*.safetensors")] for name in ("one", "two"))
+    trained = [load_classifier(path).state_dict() for path in (one, two)]
+    fresh = build_classifier(f"open_clip-lora:{CLIP}", 3, 16).state_dict()
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(trained[0]["head.weight"], fresh["head.weight"])
 
 
 def test_several_processes_need_a_directory_to_meet_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utilgen_cli.classification.batches import Batches
 from utilgen_cli.classification.data import load_images
 from utilgen_cli.classification.models import build_classifier
-from utilgen_cli.classification.train import Batches, make_optimizer, preset, weighted_loss
+from utilgen_cli.classification.train import make_optimizer, preset, weighted_loss
 from utilgen_cli.shards.images import decode_rgb, square
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.sample import Sample

@@ -20,6 +20,7 @@ from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
 from .analysis import Analyst
 from .arms import REAL, Arm, build_arms, digest_images, digest_shards
+from .batches import stored_side
 from .cost import generation_cost
 from .data import LabelledImages, load_images
 from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
@@ -59,6 +60,8 @@ class Protocol:
     pretrained: bool = False
     price_per_hour: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = 0
+    data_parallel: bool = False
 
 
 @dataclass
@@ -80,7 +83,8 @@ def compare_arms(
 
     With `directory` every finished run is kept, and a stopped evaluation goes on there. The
     directory is bound to the test set by its hash: it never mixes the results of two. Under
-    torchrun the processes share the runs out, and all but the first return None.
+    torchrun the processes share the runs out, or with `data_parallel` every batch; all but the
+    first return None.
     """
     team = Team.join(directory)
     with ExitStack() as stack:
@@ -97,19 +101,23 @@ def _compare(
     progress: Progress,
 ) -> Comparison | None:  # fmt: skip
     size = protocol.image_size
-    real = load_images(inputs.real, size, progress=progress)
-    load = partial(load_images, size=size, classes=real.classes, progress=progress)
+    side = stored_side(protocol.config.augmentation, size)
+    real = load_images(inputs.real, side, progress=progress)
+    load = partial(load_images, size=side, classes=real.classes, progress=progress)
     validation = load(inputs.validation) if inputs.validation else None
     synthetic = {name: load(source) for name, source in inputs.synthetic.items()}
-    _check_protocol(protocol, real, validation)
+    _check_protocol(protocol, validation, team)
     as_train = validation if protocol.validation_as_train else None
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
-    runs, probes = _plan(protocol, arms, real, validation)
-    trainer = Trainer(protocol.config, size, protocol.device, protocol.pretrained, validation)
+    runs, probes = _plan(protocol, arms, real, validation, team)
+    trainer = Trainer(
+        protocol.config, size, protocol.device, protocol.pretrained, validation, protocol.workers,
+        team, protocol.data_parallel and team.size > 1,
+    )  # fmt: skip
     team.wait()  # the first process holds the directory now
     keep = frozenset(run.name for run in probes)
-    train_runs([*runs, *probes], trainer, directory, keep, progress, team)
+    train_runs([*runs, *probes], trainer, directory, keep, progress)
     team.part()
     if team.rank:
         return None
@@ -142,11 +150,17 @@ def _compare(
 
 
 def _plan(
-    protocol: Protocol, arms: list[Arm], real: LabelledImages, validation: LabelledImages | None
+    protocol: Protocol,
+    arms: list[Arm],
+    real: LabelledImages,
+    validation: LabelledImages | None,
+    team: Team,
 ) -> tuple[list[Run], list[Run]]:
     """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
     context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
                "device": protocol.device.type}  # fmt: skip
+    if protocol.data_parallel:
+        context["processes"] = team.size  # batch norm and the draws of `pad` see the parts
     if validation is not None and protocol.config.validate_every:
         context["selected on"] = digest_images(validation)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.seeds)
@@ -156,9 +170,12 @@ def _plan(
     return runs, probes
 
 
-def _check_protocol(
-    protocol: Protocol, real: LabelledImages, validation: LabelledImages | None
-) -> None:
+def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team: Team) -> None:
+    if protocol.data_parallel and protocol.config.batch_size < 2 * team.size:
+        raise UsageError(
+            f"--batch-size {protocol.config.batch_size}", f"too few for {team.size} processes",
+            f"Use at least {2 * team.size}, or leave out --data-parallel.",
+        )  # fmt: skip
     if protocol.config.validate_every and validation is None:
         raise UsageError("--validate-every", "needs --val", "Name the validation shards.")
     if protocol.config.validate_every and protocol.validation_as_train:

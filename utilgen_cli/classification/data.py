@@ -157,26 +157,6 @@ def augment(
     return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_resized_crop(
-    images_bchw: Tensor, generator: torch.Generator, scale: tuple[float, float] = (0.08, 1.0)
-) -> Tensor:
-    """Inception-style crop: area share in `scale`, aspect ratio in [3/4, 4/3], mirror; same size.
-
-    Bilinear, one draw an image from the CPU `generator`.
-    """
-    b = len(images_bchw)
-    u = torch.rand(5, b, generator=generator)
-    area = scale[0] + (scale[1] - scale[0]) * u[0]
-    ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(4 / 3)))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    x0, y0 = (2 * u[2] - 1) * (1 - width), (2 * u[3] - 1) * (1 - height)
-    width = torch.where(u[4] < 0.5, -width, width)
-    zero = torch.zeros(b)
-    theta = torch.stack([width, zero, x0, zero, height, y0], 1).view(b, 2, 3)
-    grid = F.affine_grid(theta.to(images_bchw.device), list(images_bchw.shape), align_corners=False)
-    return F.grid_sample(images_bchw, grid, padding_mode="reflection", align_corners=False)
-
-
 def shuffled_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless index batches [batch_size]: epoch after epoch, each a permutation of range(n)."""
     pool = torch.empty(0, dtype=torch.long)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,9 @@ class Trainer:
     device: torch.device
     pretrained: bool = False
     validation: LabelledImages | None = None  # for selection only
+    workers: int = 0
+    team: Team = field(default_factory=Team)
+    together: bool = False  # the team trains every run, and does not share the runs out
 
     def train(
         self, run: Run, checkpoint: Path | None = None, progress: Progress = silent
@@ -89,7 +92,8 @@ class Trainer:
         ).to(self.device)
         result = train_classifier(
             model, run.arm.data, self.config, seed=run.seed, mix=run.arm.mix,
-            validation=self.validation, checkpoint=checkpoint, progress=progress,
+            validation=self.validation, checkpoint=checkpoint, workers=self.workers,
+            together=self.together, progress=progress,
         )  # fmt: skip
         if not math.isfinite(result.loss):
             raise UtilgenError(
@@ -103,14 +107,15 @@ class Trainer:
 
 def train_runs(
     runs: Sequence[Run], trainer: Trainer, directory: Path, keep: frozenset[str] = frozenset(),
-    progress: Progress = silent, team: Team | None = None,
+    progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Train what has neither a result nor a saved classifier yet; stop where a signal asks to.
 
     What is in `keep` is trained unless its classifier is there: it is looked into, not only tested.
     """
     unique = list({run.name: run for run in runs}.values())  # a probe is often the real arm itself
-    mine = (team or Team()).share(unique)
+    mine = unique if trainer.together else trainer.team.share(unique)
+    writes = not trainer.together or trainer.team.rank == 0
     missing = [
         run
         for run in mine
@@ -122,9 +127,10 @@ def train_runs(
             signals.check()
             checkpoint = directory / f"{run.name}.checkpoint.safetensors"
             model, facts = trainer.train(run, checkpoint)
-            save_classifier(weights_path(directory, run), model)
-            write_json(facts_path(directory, run), facts)
-            remove_checkpoint(checkpoint)
+            if writes:
+                save_classifier(weights_path(directory, run), model)
+                write_json(facts_path(directory, run), facts)
+                remove_checkpoint(checkpoint)
             task.advance(1, arm=run.arm.name, seed=str(run.seed))
     signals.check()
 

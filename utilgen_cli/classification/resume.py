@@ -17,6 +17,7 @@ from ..runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from ..runtime.distributed import raise_stopped, stop_anywhere, world
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -63,11 +64,14 @@ class Training:
 
 
 class Keeper:
-    """Saves a training every minute and where a signal asks for it, which then stops it."""
+    """Saves a training every minute and where a signal asks for it, which then stops it.
 
-    def __init__(self, path: Path | None) -> None:
+    Of the processes that train one model `together` the first one saves, and all stop at one step.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, together: bool = False) -> None:
         self.path, self.start = path, time.monotonic()
-        self.last = self.start
+        self.device, self.together, self.last = device, together, self.start
 
     def seconds(self, training: Training) -> float:
         """Spent on the training so far."""
@@ -77,10 +81,13 @@ class Keeper:
         """Save where it is due. Stopped: a signal came, and the state is saved."""
         if self.path is None:
             return
-        if signals.stop_requested() or time.monotonic() - self.last > SAVE_EVERY:
-            training.save(self.path, self.seconds(training), draws)
-            signals.check()
+        stop = stop_anywhere(self.device) if self.together else signals.stop_requested()
+        if stop or time.monotonic() - self.last > SAVE_EVERY:
+            if not self.together or world()[0] == 0:
+                training.save(self.path, self.seconds(training), draws)
             self.last = time.monotonic()
+        if stop:
+            raise_stopped()
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ data, and `predict` is called by the evaluation once the model is final.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -19,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime import signals
+from ..runtime.distributed import all_reduce_mean, world
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed
-from .data import LabelledImages, augment, random_resized_crop, shuffled_batches, to_float
+from .batches import Batches
+from .data import LabelledImages, to_float
+from .models import Classifier
 from .resume import Keeper, Training
 
 
@@ -37,8 +39,7 @@ class TrainConfig:
     weight_decay: float = 5e-2
     warmup: float = 0.05  # share of the steps with a linearly rising rate; cosine to zero after it
     label_smoothing: float = 0.0
-    augment: bool = True
-    crop: str = "pad"  # "pad" (shift by an eighth) | "resized" (Inception crop)
+    augmentation: str = "pad"  # "none", "pad" (shift by an eighth, mirror), or a `CROPPING`
     real_share: float = 0.5  # share of each batch that comes from `data` when there is a `mix`
     validate_every: int = 0  # steps between looks at the validation set; 0 keeps the last step
     precision: str = "fp32"
@@ -54,12 +55,12 @@ PRESETS = {
     # and batch are the usual choices for a few thousand images of 224 pixels.
     "paper": TrainConfig(
         steps=10_000, batch_size=64, optimizer="sgd", lr=0.05, weight_decay=5e-4,
-        warmup=0.05, crop="resized",
+        warmup=0.05, augmentation="crop",
     ),
     # torchvision's first ImageNet recipe (SGD .1, momentum .9, weight decay 1e-4, batch 256).
     "torchvision-v1": TrainConfig(
         steps=10_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=1e-4,
-        warmup=0.0, crop="resized",
+        warmup=0.0, augmentation="crop",
     ),
 }  # fmt: skip
 
@@ -105,55 +106,26 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-@dataclass
-class Batches:
-    """Endless batches of (images in [0, 1], labels, weights), seeded; real and synthetic mixed.
+def weighted_loss(
+    logits: Tensor, y: Tensor, w: Tensor, label_smoothing: float = 0.0, processes: int = 1
+) -> Tensor:
+    """sum(w L) / sum(w): cross-entropy with the weights normalised per batch.
 
-    With `mix`, round(real_share * batch_size) samples of every batch come from `data`, the rest
-    from `mix`; each of the two is walked in its own shuffled epochs.
+    Of several processes that share a batch each gets its part, such that their mean is the loss.
     """
-
-    data: LabelledImages
-    config: TrainConfig
-    seed: int
-    weights: Tensor | None = None  # [len(data)]
-    mix: LabelledImages | None = None
-
-    start: int = 0  # batches that were had before
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __post_init__(self) -> None:
-        self.draws = torch.Generator().manual_seed(derive_seed("augment", self.seed))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        size = self.config.batch_size
-        n_data = size if self.mix is None else round(self.config.real_share * size)
-        parts = [self._part(self.data, n_data, "data", self.weights)]
-        if self.mix is not None:
-            parts.append(self._part(self.mix, size - n_data, "mix", None))
-        while True:
-            x, y, w = (torch.cat(part) for part in zip(*map(next, parts), strict=True))
-            x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
-            yield self._augmented(to_float(x), self.draws), y, w
-
-    def _part(
-        self, data: LabelledImages, n: int, name: str, weights: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = torch.Generator().manual_seed(derive_seed("order", name, self.seed))
-        weights = torch.ones(len(data)) if weights is None else weights.float().cpu()
-        for i in islice(shuffled_batches(len(data), n, order), self.start, None):
-            yield data.images[i], data.labels[i], weights[i]
-
-    def _augmented(self, x: Tensor, draws: torch.Generator) -> Tensor:
-        if not self.config.augment:
-            return x
-        return random_resized_crop(x, draws) if self.config.crop == "resized" else augment(x, draws)
-
-
-def weighted_loss(logits: Tensor, y: Tensor, w: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """sum(w L) / sum(w): cross-entropy with the weights normalised per batch."""
     losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
-    return (w * losses).sum() / w.sum().clamp_min(1e-8)
+    total = w.sum()
+    if processes > 1:
+        all_reduce_mean([total])
+    return (w * losses).sum() / total.clamp_min(1e-8)
+
+
+def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as torch's DistributedDataParallel; on GPUs batch norm sees the whole batch."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the model itself is none
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device])
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -165,7 +137,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def train_classifier(
-    model: nn.Module,
+    model: Classifier,
     data: LabelledImages,
     config: TrainConfig,
     *,
@@ -174,6 +146,8 @@ def train_classifier(
     mix: LabelledImages | None = None,
     validation: LabelledImages | None = None,
     checkpoint: Path | None = None,
+    workers: int = 0,
+    together: bool = False,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
@@ -181,19 +155,25 @@ def train_classifier(
     `weights` [len(data)] weigh the loss. With `validation` and `config.validate_every` the step
     with the best validation accuracy is kept, else the last. The same seed, data and number of
     threads give the same weights bit for bit on the CPU, also where a run that a signal stopped
-    (Stopped) goes on from `checkpoint`.
+    (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
+    for image by image. `together`: all processes under torchrun train this one model, each on its
+    share of every batch (batch norm sees the share, but for synchronised one on GPUs).
     """
     device = next(model.parameters()).device
+    rank, processes = world() if together else (0, 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         training = Training(model, make_optimizer(model, config), scaler)
         draws = training.load(checkpoint) if checkpoint else None
-        batches = Batches(data, config, seed, weights, mix, training.step, device)
+        batches = Batches(
+            data, config, seed, weights, mix, training.step, device, model.transform["size"],
+            workers, rank, processes,
+        )  # fmt: skip
         if draws is not None:
             batches.draws.set_state(draws)
         best = _Best(training, validation if config.validate_every else None)
-        keeper = Keeper(checkpoint)
+        keeper = Keeper(checkpoint, device, together)
         with signals.deferred() if checkpoint else nullcontext():
             _take_steps(training, batches, best, keeper, config, progress)
     selected = best.restore(config.steps)
@@ -207,7 +187,8 @@ def _take_steps(
     training: Training, batches: Batches, best: _Best, keeper: Keeper, config: TrainConfig,
     progress: Progress,
 ) -> None:  # fmt: skip
-    model, device = training.model, batches.device
+    device, processes = batches.device, batches.processes
+    model = in_parallel(training.model, device) if processes > 1 else training.model
     model.train()
     with progress("train", config.steps) as task:
         task.advance(training.step)
@@ -215,12 +196,15 @@ def _take_steps(
             for group in training.optimizer.param_groups:
                 group["lr"] = learning_rate(training.step, config)
             with autocast(device, config.precision):
-                loss = weighted_loss(model(x), y, w, config.label_smoothing)
+                loss = weighted_loss(model(x), y, w, config.label_smoothing, processes)
             training.optimizer.zero_grad(set_to_none=True)
             training.scaler.scale(loss).backward()
             training.scaler.step(training.optimizer)
             training.scaler.update()
-            training.losses.append(loss.detach())
+            loss = loss.detach()
+            if processes > 1:
+                all_reduce_mean([loss])
+            training.losses.append(loss)
             training.step += 1
             if config.validate_every and training.step % config.validate_every == 0:
                 best.look(training.step)

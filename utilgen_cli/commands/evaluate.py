@@ -25,6 +25,9 @@ def evaluate(
     val_as_train: o.ValAsTrain = False,
     validate_every: o.Validate = 0,
     pretrained: o.Pretrained = False,
+    augment: o.Augment = None,
+    workers: o.Workers = 0,
+    data_parallel: o.DataParallel = False,
     output: o.Keep = None,
     report: o.Report = None,
     value: o.ValueModel = None,
@@ -62,12 +65,12 @@ def evaluate(
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=30 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
-        validate_every=validate_every, precision=precision,
+        validate_every=validate_every, precision=precision, augmentation=augment,
     )  # fmt: skip
     pixels = size or (32 if archs == ["small-cnn"] else 224)
     protocol = c.Protocol(
         config, archs, seeds, seed, pixels, times or (), baseline, val_as_train, pretrained,
-        price_per_hour, where,
+        price_per_hour, where, workers, data_parallel,
     )  # fmt: skip
     if report is not None:
         prepare_report(report)

@@ -68,6 +68,23 @@ Validate = Annotated[
     int, typer.Option(min=0, help="Steps between looks at --val, keeping the best; 0: last step.")
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start timm models from ImageNet.")]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help="none, pad (shift by an eighth, mirror), or torchvision's crop, trivial, rand. "
+        "Default: the preset's, pad for quick and crop for the others.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that crop and augment images.")]
+DataParallel = Annotated[
+    bool,
+    typer.Option(
+        "--data-parallel",
+        help="Under torchrun all processes train each classifier together; else they share out "
+        "the classifiers.",
+    ),
+]
 Keep = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Directory of finished runs; a stopped run goes on there."),

@@ -25,7 +25,7 @@ from ..runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from ..runtime.errors import Stopped, UsageError, UtilgenError
+from ..runtime.errors import UsageError, UtilgenError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
 from .finetune_config import (
@@ -257,33 +257,18 @@ def finetune(
             task.advance(1, **run.advance())
             if due(run.result.steps, config):
                 task.advance(0, **{f"held-out {name}": v for name, v in run.look().items()})
-            stop = stop_anywhere(run.device)
+            stop = distributed.stop_anywhere(run.device)
             if checkpoint is not None and (stop or time.monotonic() - saved > SAVE_EVERY):
                 run.save(checkpoint, fingerprint)
                 saved = time.monotonic()
             if stop:
-                raise_stopped()
+                distributed.raise_stopped()
     return run.finish()
 
 
 def due(step: int, config: FinetuneConfig) -> bool:
     """True where a validation stands: every so many steps, and at the end."""
     return step % config.validate_every == 0 or step == config.steps
-
-
-def stop_anywhere(device: torch.device) -> bool:
-    """True if a stop signal reached any of the processes."""
-    if distributed.world()[1] == 1:
-        return signals.stop_requested()
-    flag = torch.tensor([float(signals.stop_requested())], device=device)
-    distributed.all_reduce_mean([flag])
-    return bool(flag.item() > 0)
-
-
-def raise_stopped() -> None:
-    """Leave with exit code 75: the state is saved."""
-    signals.check()
-    raise Stopped("another process", "was stopped", "Run the same command again to go on.")
 
 
 def copy_into(parameters: list[Any], values: list[Tensor]) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import signals
+from .errors import Stopped
 from .ranks import world as world
 
 
@@ -24,3 +26,18 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
+
+
+def stop_anywhere(device: torch.device) -> bool:
+    """True if a stop signal reached any of the processes."""
+    if world()[1] == 1:
+        return signals.stop_requested()
+    flag = torch.tensor([float(signals.stop_requested())], device=device)
+    all_reduce_mean([flag])
+    return bool(flag.item() > 0)
+
+
+def raise_stopped() -> None:
+    """Leave with exit code 75: the state is saved."""
+    signals.check()
+    raise Stopped("another process", "was stopped", "Run the same command again to go on.")

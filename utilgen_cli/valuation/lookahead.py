@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classification.data import LabelledImages
+from ..classification.models import Classifier
 from ..classification.train import TrainConfig, predict, train_classifier
 from ..runtime.progress import Progress, silent
 from .value_model import ValueModel
@@ -34,17 +35,17 @@ class Lookahead:
         return self.without - self.with_set
 
 
-def trainable_copy(model: nn.Module) -> nn.Module:
+def trainable_copy(model: Classifier) -> Classifier:
     """A copy that takes gradients, but for a tower that was frozen when the model was trained."""
     copied = copy.deepcopy(model)
-    frozen = getattr(model, "frozen", False)
+    frozen = model.frozen
     for name, p in copied.named_parameters():
         p.requires_grad_(not frozen or name.startswith("head.") or "lora_" in name)
     return copied
 
 
 def fine_tuned_loss(
-    model: nn.Module, real: LabelledImages, extra: LabelledImages | None,
+    model: Classifier, real: LabelledImages, extra: LabelledImages | None,
     validation: LabelledImages, *, steps: int, lr: float, seed: int,
 ) -> float:  # fmt: skip
     """Validation loss of a copy of `model` after `steps` steps on real (and extra) images."""
