@@ -1,10 +1,10 @@
 """`dpo` beside diffusers' research script train_diffusion_dpo.py: the same model, pairs and steps.
 
-    python -m tests.benchmarks dpo_peer --script PATH/train_diffusion_dpo.py [--pairs-a-step 4]
+    python -m tests.benchmarks dpo_peer --script PATH/train_diffusion_dpo.py [--divide 1 ...]
 
 The script is run as it is, from examples/research_projects/diffusion_dpo of huggingface/diffusers;
 it needs datasets, wandb, tensorboard and pyarrow. The model is Stable Diffusion 2.1 with random
-weights and an eighth of every width. Both sides run as processes of their own, in turn; a step's
+weights and every width divided by --divide (1: its true size). Both sides run as processes of their own, in turn; a step's
 time is the difference of a long and a short run, so that start-up does not count (with our
 encoding of every image, once), one look at the held-out pairs does. On a machine that others use,
 the processor time of one thread is what an idle machine's clock would show.
@@ -34,7 +34,7 @@ from utilgen_cli.shards.writer import write_shard
 
 from .harness import record
 
-SIZE, PAIRS, SHORT, LONG, REPEATS, RANK = 256, 24, 2, 10, 2, 16
+RANK, HEADS = 16, (5, 10, 20, 20)
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Side:
     mebibytes: float = 0.0
     imported: float = 0.0
 
-    def per_step(self, runs: list[tuple[float, float]]) -> float:
-        return median((long - short) / (LONG - SHORT) for short, long in runs)
+    def per_step(self, runs: list[tuple[float, float]], steps: int) -> float:
+        return median((long - short) / steps for short, long in runs)
 
 
 def run(command: list[str], log: Path) -> tuple[float, float, float]:
@@ -64,8 +64,8 @@ def run(command: list[str], log: Path) -> tuple[float, float, float]:
     return usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024
 
 
-def make_model(path: Path) -> None:
-    """Stable Diffusion 2.1, every width divided by eight, random weights."""
+def make_model(path: Path, size: int, divide: int) -> None:
+    """Stable Diffusion 2.1, every width divided by `divide`, random weights."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -74,17 +74,17 @@ def make_model(path: Path) -> None:
     tokenizer = make_tokenizer()
     vocabulary = len(tokenizer)
     text = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=23,
-        num_attention_heads=2, max_position_embeddings=40, bos_token_id=vocabulary - 2,
+        vocab_size=vocabulary, hidden_size=1024 // divide, intermediate_size=4096 // divide,
+        num_hidden_layers=23, num_attention_heads=16 // divide, max_position_embeddings=40, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 8, block_out_channels=(40, 80, 160, 160), cross_attention_dim=128,
-        attention_head_dim=(5, 10, 20, 20), norm_num_groups=8, use_linear_projection=True,
+        sample_size=size // 8, block_out_channels=[w // divide for w in (320, 640, 1280, 1280)],
+        cross_attention_dim=1024 // divide, attention_head_dim=HEADS, norm_num_groups=32 // min(divide, 4), use_linear_projection=True,
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8,
-        sample_size=SIZE, down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=[w // divide for w in (128, 256, 512, 512)], layers_per_block=2,
+        norm_num_groups=32 // min(divide, 4), sample_size=size, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     StableDiffusionPipeline(
@@ -92,18 +92,18 @@ def make_model(path: Path) -> None:
         scheduler=make_scheduler("v_prediction"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path)  # fmt: skip
-    (path / "utilgen.json").write_text(encode_json({"size": SIZE, "classes": ["a"]}).decode())
+    (path / "utilgen.json").write_text(encode_json({"size": size, "classes": ["a"]}).decode())
 
 
-def make_pairs(path: Path) -> None:
+def make_pairs(path: Path, size: int, pairs: int) -> None:
     """The same noise pictures as our shards, and as the Parquet file that the script reads."""
     rng = np.random.default_rng(0)
     rows: list[dict[str, bytes]] = []
-    for i in range(PAIRS):
+    for i in range(pairs):
         sides = []
         for high in (256, 100):
             out = io.BytesIO()
-            Image.fromarray(rng.integers(0, high, (SIZE, SIZE, 3), np.uint8)).save(out, "JPEG")
+            Image.fromarray(rng.integers(0, high, (size, size, 3), np.uint8)).save(out, "JPEG")
             sides.append(out.getvalue())
         caption = str(i % 10).encode()
         rows.append({"jpg_0": sides[0], "jpg_1": sides[1], "label_0": b"1", "caption": caption})
@@ -118,13 +118,13 @@ def make_pairs(path: Path) -> None:
     write_pickapic((Sample("", row) for row in rows), path / "theirs" / "train-00000.parquet")
 
 
-def make_sides(script: str, work: Path, batch: int) -> dict[str, Side]:
+def make_sides(script: str, work: Path, size: int, batch: int) -> dict[str, Side]:
     """The peer, and ours with the whole batch at once or in halves."""
     model, python = str(work / "model"), sys.executable
     peer = [
         python, script, "--pretrained_model_name_or_path", model, "--dataset_name",
         str(work / "theirs"), "--dataset_split_name", "train", "--output_dir", str(work / "peer"),
-        "--cache_dir", str(work / "cache"), "--resolution", str(SIZE), "--no_hflip", "--rank",
+        "--cache_dir", str(work / "cache"), "--resolution", str(size), "--no_hflip", "--rank",
         str(RANK), "--train_batch_size", str(batch), "--lr_warmup_steps", "0", "--seed", "0",
         "--max_train_steps",
     ]  # fmt: skip
@@ -137,15 +137,17 @@ def make_sides(script: str, work: Path, batch: int) -> dict[str, Side]:
             "-o", str(work / "out"), "-q", "--rank", str(RANK), *options, "--steps",
         ]  # fmt: skip
 
-    halves = ours("--batch-size", str(batch // 2), "--gradient-accumulation", "2")
-    return {
+    sides = {
         "train_diffusion_dpo.py": Side(peer, [python, script, "--help"]),
         "utilgen dpo": Side(ours("--batch-size", str(batch)), [python, "-c", imports]),
-        "utilgen dpo, the batch in halves": Side(halves, [python, "-c", imports]),
     }
+    if batch % 2 == 0:
+        halves = ours("--batch-size", str(batch // 2), "--gradient-accumulation", "2")
+        sides["utilgen dpo, the batch in halves"] = Side(halves, [python, "-c", imports])
+    return sides
 
 
-def table(sides: dict[str, Side]) -> str:
+def table(sides: dict[str, Side], steps: int) -> str:
     """Ratios are to the peer: speed, and memory above what importing the libraries takes."""
     peer = next(iter(sides.values()))
     lines = [
@@ -153,38 +155,46 @@ def table(sides: dict[str, Side]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, side in sides.items():
-        step, above = side.per_step(side.processor), side.mebibytes - side.imported
+        step, above = side.per_step(side.processor, steps), side.mebibytes - side.imported
         lines.append(
-            f"| {name} | {step:.3f} | {1 / step:.2f} | {peer.per_step(peer.processor) / step:.2f} "
+            f"| {name} | {step:.3f} | {1 / step:.2f} | {peer.per_step(peer.processor, steps) / step:.2f} "
             f"| {side.mebibytes:.0f} | {above:.0f} | "
             f"{above / (peer.mebibytes - peer.imported):.2f} |"
         )
-    clocks = ", ".join(f"{name} {side.per_step(side.clock):.3f}" for name, side in sides.items())
+    clocks = ", ".join(
+        f"{name} {side.per_step(side.clock, steps):.3f}" for name, side in sides.items()
+    )
     return "\n".join([*lines, "", f"Clock seconds a step: {clocks}."])
 
 
 def main(options: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser("dpo_peer")
     parser.add_argument("--script", required=True, help="diffusers' train_diffusion_dpo.py")
+    parser.add_argument("--divide", type=int, default=8, help="of every width")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--pairs-a-step", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs=2, default=[2, 10], help="short and long run")
+    parser.add_argument("--repeats", type=int, default=2)
     chosen = parser.parse_args(options)
-    batch = chosen.pairs_a_step
+    batch, size, steps = chosen.pairs_a_step, chosen.size, chosen.steps
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        make_model(work / "model")
-        make_pairs(work)
-        sides = make_sides(chosen.script, work, batch)
+        make_model(work / "model", size, chosen.divide)
+        make_pairs(work, size, chosen.pairs)
+        sides = make_sides(chosen.script, work, size, batch)
         for side in sides.values():
             side.imported = run(side.imports, work / "log")[2]
-        for repeat in range(REPEATS):
+        for repeat in range(chosen.repeats):
             for label, side in sides.items():
-                short, long = (run([*side.command, str(n)], work / "log") for n in (SHORT, LONG))
+                short, long = (run([*side.command, str(n)], work / "log") for n in steps)
                 side.processor.append((short[0], long[0]))
                 side.clock.append((short[1], long[1]))
                 side.mebibytes = max(side.mebibytes, long[2])
                 print(repeat, label, short, long, file=sys.stderr, flush=True)
-        title = f"dpo beside diffusers' script: SD 2.1 at an eighth of its widths, {SIZE} px, "
-        record(title + f"{batch} pairs a step", table(sides))
+        title = f"dpo beside diffusers' script: SD 2.1, widths divided by {chosen.divide}, "
+        title += f"{size} px, {batch} pairs a step"
+        record(title, table(sides, steps[1] - steps[0]))
 
 
 if __name__ == "__main__":
