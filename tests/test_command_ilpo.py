@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import Run, make_sample, tar_bytes
 from tests.policy_parts import make_clip, make_value
 from tests.random_bundle import make_bundle
 from utilgen_cli.commands.ilpo import ilpo
+from utilgen_cli.diffusion.policy import load_policy
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 COMMON = ["--iterations", "1", "--population", "2", "--search-steps", "2", "-q"]
@@ -143,3 +145,18 @@ def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:
     os.close(main)
     assert done.returncode == 2
     assert b"terminal" in done.stderr
+
+
+def test_it_begins_with_the_prompts_of_a_policy(utilgen: Run, bench: Path) -> None:
+    """Without iterations the prompts that `invert` learnt come out as they went in."""
+    model = ["-m", "bundle", "--smoke", "-q", "-o"]
+    utilgen("invert", "real.tar", "--population", 2, *model, "prompts")
+    options = ["ilpo", "--value", "value", "--clip", "clip", "--init", "prompts", *model]
+    utilgen(*options, "drawn", "--iterations", 0, "--save-policy", "kept")
+    begun, kept = (load_policy(bench / name) for name in ("prompts", "kept"))
+    assert torch.equal(begun.prompt_embeds, kept.prompt_embeds)
+    utilgen(*options, "moved", "--iterations", 1, "--save-policy", "climbed")
+    assert not torch.equal(load_policy(bench / "climbed").prompt_embeds, begun.prompt_embeds)
+    done = utilgen(*options, "tokens", "--parameters", "tokens", check=False)
+    assert done.returncode == 2
+    assert b"--parameters tokens: a policy has encoded prompts" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -12,18 +13,23 @@ from safetensors.torch import load_file
 from utilgen_cli.diffusion.bundle import find_model
 from utilgen_cli.diffusion.datadream import read_shots
 from utilgen_cli.diffusion.load import class_prompts, load_model
+from utilgen_cli.diffusion.policy import load_policy
+from utilgen_cli.diffusion.prompt_inversion import deal
+from utilgen_cli.runtime.errors import UsageError
 from utilgen_cli.shards.operands import open_source
 
 from .conftest import DATA, Run, make_sample, tar_bytes
 
 
 @torch.no_grad()
-def held_out_loss(tokens: Path | None) -> float:
+def held_out_loss(tokens: Path | None, policy: Path | None = None) -> float:
     """Denoising loss of 60 validation images that `invert` has not seen."""
     model = load_model("tiny", tokens=tokens)
     samples = list(open_source([str(DATA / "val")]).samples())[::3][:60]
     shots = read_shots(samples, model, lambda s: "")
     embeds = model.encode_prompts(class_prompts(model, tokens))[shots.labels]
+    if policy is not None:
+        embeds = load_policy(policy).embeds([(int(c), i) for i, c in enumerate(shots.labels)])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(shots.latents[:, 0].shape, generator=generator)
     t = torch.randint(300, 1000, (len(noise),), generator=generator)
@@ -57,3 +63,26 @@ def test_a_class_without_images_is_an_error_of_one_line(utilgen: Run, tmp_path: 
     assert (done.returncode, done.stdout) == (65, b"")
     assert "class 1: has no images" in done.stderr.decode().splitlines()[-1]
     assert not (tmp_path / "tokens" / "index.json").exists()
+
+
+def test_prompts_denoise_unseen_real_images_and_are_a_policy(utilgen: Run, tmp_path: Path) -> None:
+    command = ["invert", DATA / "real", "-m", "tiny", "--population", 2, "--steps", 40]
+    done = utilgen(*command, "-o", "prompts")
+    assert done.stdout == b"prompts\n"
+    assert held_out_loss(None, tmp_path / "prompts") < held_out_loss(None) - 0.0005
+    policy = load_policy(tmp_path / "prompts")
+    assert policy.prompt_embeds.shape[:2] == (10, 2)
+    assert policy.summary["loss_after"] < policy.summary["loss_before"]
+    again = json.loads(utilgen(*command, "-o", "prompts", "--json").stdout)
+    assert again["loss_after"] == policy.summary["loss_after"]
+    draw = ["--per-class", 2, "--steps", 2, "-q", "-o"]
+    utilgen("generate", "-m", "tiny", "--policy", "prompts", *draw, "drawn")
+    found = [s.facts["class_name"] for s in open_source([str(tmp_path / "drawn")]).samples()]
+    assert sorted(found) == sorted(2 * policy.classes)
+
+
+def test_shots_are_dealt_out_to_the_prompts_of_their_class() -> None:
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1])
+    assert deal(labels, 2).tolist() == [0, 0, 1, 1, 0, 0, 1]
+    with pytest.raises(UsageError, match="--population 4: class 0 has 3 images"):
+        deal(labels, 4)

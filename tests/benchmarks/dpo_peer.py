@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -141,6 +142,8 @@ def make_sides(script: str, work: Path, size: int, batch: int) -> dict[str, Side
         "train_diffusion_dpo.py": Side(peer, [python, script, "--help"]),
         "utilgen dpo": Side(ours("--batch-size", str(batch)), [python, "-c", imports]),
     }
+    less = ours("--batch-size", str(batch), "--gradient-checkpointing")
+    sides["utilgen dpo --gradient-checkpointing"] = Side(less, [python, "-c", imports])
     if batch % 2 == 0:
         halves = ours("--batch-size", str(batch // 2), "--gradient-accumulation", "2")
         sides["utilgen dpo, the batch in halves"] = Side(halves, [python, "-c", imports])
@@ -180,7 +183,12 @@ def main(options: Sequence[str] = ()) -> None:
     batch, size, steps = chosen.pairs_a_step, chosen.size, chosen.steps
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        make_model(work / "model", size, chosen.divide)
+        # not in this process: a child's peak memory counts its parent's at the start
+        maker = get_context("spawn").Process(
+            target=make_model, args=(work / "model", size, chosen.divide)
+        )
+        maker.start()
+        maker.join()
         make_pairs(work, size, chosen.pairs)
         sides = make_sides(chosen.script, work, size, batch)
         for side in sides.values():

@@ -23,6 +23,7 @@ def ilpo(
     clip_image_weight: i.ClipImageWeight = 0.0,
     parameters: i.Parameters = "embeds",
     population: i.Population = 4,
+    init: i.Init = None,
     iterations: i.Iterations = 40,
     images: i.Images = 1,
     rate: i.Rate = 0.02,
@@ -83,7 +84,7 @@ def ilpo(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
     )
     instance = InstanceConfig(
-        parameters, population, grad_steps, search_steps, checkpointing, search,
+        parameters, population, grad_steps, search_steps, checkpointing, init, search,
         NoiseConfig(noise, omega_l, omega_w, refine),
     )  # fmt: skip
     aim = Aim(

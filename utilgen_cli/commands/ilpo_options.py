@@ -33,6 +33,12 @@ Parameters = Annotated[
     typer.Option(help="embeds (the encoded prompt), or tokens (the class's, before encoding)."),
 ]
 Population = Annotated[int, typer.Option(min=1, help="Prompts a class.")]
+Init = Annotated[
+    Path | None,
+    typer.Option(
+        "--init", help="Prompts to begin with, as `invert --population` or --save-policy made them."
+    ),
+]
 Iterations = Annotated[
     int, typer.Option(min=0, help="Optimisation steps of the prompts; 0 leaves them.")
 ]

@@ -1,4 +1,4 @@
-"""`utilgen invert`: one token a class from the few real images."""
+"""`utilgen invert`: a token a class, or several whole prompts, from the few real images."""
 
 from __future__ import annotations
 
@@ -16,9 +16,25 @@ def invert(
     shards: o.Shards = None,
     model: o.Model = None,
     vectors: Annotated[int, typer.Option(min=1, max=8, help="Embeddings a token.")] = 1,
+    population: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learn so many whole prompts a class, not a token: a policy, for generate "
+            "--policy and ilpo --init.",
+        ),
+    ] = 0,
     classes: o.Classes = None,
     steps: t.Steps = 300,
-    learning_rate: t.LearningRate = 1e-2,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            help="Learning rate of AdamW; of prompts relative to their RMS. Default: 0.01 for "
+            "tokens, 0.02 for prompts.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch (and process).")] = 16,
     accumulation: t.Accumulation = 1,
     schedule: t.Schedule = "cosine",
@@ -38,23 +54,29 @@ def invert(
     """Learn a token for every class from its real images (textual inversion, all at once).
 
     Example: utilgen invert real/ -m tiny -o tokens/
+
+    With --population whole prompts, dealt the real images of their class in turn:
+
+    utilgen invert real/ -m tiny --population 4 --batch-size 64 -o prompts/
     """
     from ..diffusion.bundle import parse_classes
     from ..diffusion.finetune_config import FinetuneConfig
     from ..diffusion.inversion import INDEX, InversionConfig, invert_tokens
+    from ..diffusion.prompt_inversion import DONE, invert_prompts
 
     finetune = FinetuneConfig(
-        steps, batch_size, learning_rate, schedule, weight_decay=0.0,
-        gradient_accumulation=accumulation, ema=ema, seed=seed,
+        steps, batch_size, learning_rate or (2e-2 if population else 1e-2), schedule,
+        weight_decay=0.0, gradient_accumulation=accumulation, ema=ema, seed=seed,
     )  # fmt: skip
     names = parse_classes(classes)
     summary = t.train_command(
-        "invert", invert_tokens, INDEX,
-        lambda name: InversionConfig(name, vectors, names, flip, checkpointing,
+        "invert", invert_prompts if population else invert_tokens, DONE if population else INDEX,
+        lambda name: InversionConfig(name, vectors, population, names, flip, checkpointing,
                                      t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
         overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error),
     )  # fmt: skip
-    before, after = summary["loss_before"], summary["loss_after"]
-    line = f"{len(summary['classes'])} tokens: denoising loss {before:.4f} -> {after:.4f}"
-    t.finish(output, summary, as_json, quiet, [line])
+    learnt = f"{population} prompts for each of {len(summary['classes'])} classes"
+    learnt = learnt if population else f"{len(summary['classes'])} tokens"
+    line = "{loss_before:.4f} -> {loss_after:.4f}".format(**summary)
+    t.finish(output, summary, as_json, quiet, [f"{learnt}: denoising loss {line}"])

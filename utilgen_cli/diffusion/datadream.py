@@ -97,17 +97,22 @@ class DenoisingObjective:
 
     def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
         """The plain denoising loss of shots `rows`."""
-        flip = draw.flip.long() * (self.shots.latents.shape[1] - 1)
-        x0, noise = self.shots.latents[rows, flip].to(self.device), draw.noise.to(self.device)
-        t = draw.timesteps.to(self.device)
-        a = self.alpha_bar[t].view(-1, 1, 1, 1)
-        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         used, place = self.shots.prompt_index[rows].unique(return_inverse=True)
-        embeds = self.model.text_encoder(self.token_ids[used]).last_hidden_state
-        context = embeds[place]
-        prediction = self.model.unet(x.to(self.dtype), t, context.to(self.dtype)).sample
-        target = diffusion_target(self.model.prediction_type, x0, noise, a)
-        return denoising_error(prediction, target).mean(), {}
+        context = self.model.text_encoder(self.token_ids[used]).last_hidden_state[place]
+        return noised_errors(self.model, self.shots, rows, draw, context).mean(), {}
+
+
+def noised_errors(
+    model: LatentDiffusion, shots: Shots, rows: Tensor, draw: Draw, context: Tensor
+) -> Tensor:
+    """|target - prediction|^2 of shots `rows`, noised by `draw`, under prompts [R, L, D]: [R]."""
+    flip = draw.flip.long() * (shots.latents.shape[1] - 1)
+    x0, noise = (x.to(model.device) for x in (shots.latents[rows, flip], draw.noise))
+    t = draw.timesteps.to(model.device)
+    a = model.scheduler.alphas_cumprod.to(model.device)[t].view(-1, 1, 1, 1)
+    x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    prediction = model.unet(x.to(model.dtype), t, context.to(model.dtype)).sample
+    return denoising_error(prediction, diffusion_target(model.prediction_type, x0, noise, a))
 
 
 def read_shots(
@@ -198,8 +203,7 @@ def train_adapter(
     add_lora(model.text_encoder, config.rank, TEXT_TARGETS)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if model.device.type != "cpu":
-        model.vae.to("cpu")
+    model.drop("vae")
     checkpoint = out / CHECKPOINT
     finetune(
         DenoisingObjective(model, shots), config.finetune, checkpoint=checkpoint,

@@ -16,7 +16,7 @@ from .class_adapters import acting
 from .ddim import initial_noise
 from .generate import Generator, Item
 from .noise import NoiseConfig
-from .policy import Policy
+from .policy import Policy, load_policy
 from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
 from .prompts import PromptEmbeds, TokenEmbeds
 from .rollout import GradSteps, Rollout
@@ -33,12 +33,16 @@ class InstanceConfig:
     grad_steps: str = "all"
     sampling_steps: int = 5  # while optimising
     checkpointed: bool = False
+    start: Path | None = None  # a policy whose prompts to begin with, instead of the class prompts
     search: SearchConfig = field(default_factory=SearchConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
     def __post_init__(self) -> None:
         if self.parameters not in PARAMETERS:
             raise UsageError(f"--parameters {self.parameters}", "unknown", "Use embeds or tokens.")
+        if self.parameters == "tokens" and self.start is not None:
+            why = "a policy has encoded prompts"
+            raise UsageError("--parameters tokens", why, "Leave it out, or --init.")
         GradSteps.parse(self.grad_steps)
 
     def facts(self) -> dict[str, Any]:
@@ -71,6 +75,10 @@ def learn_policy(
             seed,
             generator.config.prompt or model.template,
         )
+    elif config.start is not None:
+        begun = load_policy(config.start)
+        begun.check(model, generator.classes, str(config.start))
+        prompts = PromptEmbeds.at(begun.prompt_embeds.to(model.device))
     else:
         prompts = PromptEmbeds(model, generator.prompts, config.population, seed)
     rollout = Rollout(
@@ -84,7 +92,8 @@ def learn_policy(
         "seconds": round(time.monotonic() - start, 1), "unet_calls": search.calls.calls,
         "unet_latents": search.calls.latents, **outcome(search),
     }  # fmt: skip
-    settings = {**config.facts(), "terms": {t.name: t.weight for t in terms}}
+    begun_at = config.start and str(config.start)
+    settings = {**config.facts(), "start": begun_at, "terms": {t.name: t.weight for t in terms}}
     return Policy(
         embeds,
         generator.classes,

@@ -7,7 +7,7 @@ loss of the few real images under short captions. One batch holds images of many
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
-from .datadream import Shots, read_shots
+from .datadream import Shots, noised_errors, read_shots
 from .finetune import CHECKPOINT, Figures, Watch, finetune
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .load import LatentDiffusion, load_model
-from .preference_loss import denoising_error, diffusion_target
 from .prompts import replaced_embeddings
 from .tokens import INDEX, extend_vocabulary, read_index, save_tokens, token_name
 
@@ -34,10 +33,11 @@ PROBE_DRAWS = 4  # noised copies of an image that the loss before and after is m
 
 @dataclass(frozen=True, slots=True)
 class InversionConfig:
-    """Which tokens to learn, and how."""
+    """Which tokens (or prompts) to learn, and how."""
 
     model: str
     vectors: int = 1
+    population: int = 0  # prompts a class, instead of a token
     classes: tuple[str, ...] | None = None
     flip: bool = False
     gradient_checkpointing: bool = False
@@ -91,16 +91,8 @@ class TokenObjective:
 
     def errors(self, rows: Tensor, draw: CaptionedDraw) -> Tensor:
         """The denoising loss of each of shots `rows`, [R]."""
-        flip = draw.flip.long() * (self.shots.latents.shape[1] - 1)
-        x0, noise = self.shots.latents[rows, flip].to(self.device), draw.noise.to(self.device)
-        t = draw.timesteps.to(self.device)
-        a = self.alpha_bar[t].view(-1, 1, 1, 1)
-        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         context = self.context(self.shots.labels[rows], draw.captions)
-        prediction = self.model.unet(x.to(self.dtype), t, context.to(self.dtype)).sample
-        return denoising_error(
-            prediction, diffusion_target(self.model.prediction_type, x0, noise, a)
-        )
+        return noised_errors(self.model, self.shots, rows, draw, context)
 
     def context(self, labels: Tensor, captions: Tensor) -> Tensor:
         """Prompt embeddings [R, L, D] with theta in the classes' places, each encoded once."""
@@ -114,16 +106,19 @@ class TokenObjective:
         with replaced_embeddings(self.model.text_encoder, tokens):
             return self.model.text_encoder(ids).last_hidden_state[place.to(self.device)]
 
-    @torch.no_grad()
     def probe(self) -> float:
-        """The loss on fixed noise, at evenly spread timesteps and the model's own caption."""
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.arange(self.rows).repeat(PROBE_DRAWS)
-        draw = self.draw(len(rows), generator)
-        draw = replace(draw, captions=torch.zeros_like(draw.captions))
-        parts = torch.arange(len(rows)).split(64)
-        errors = torch.cat([self.errors(rows[part], draw.part(part)) for part in parts])
-        return float(errors.mean())
+        """`mean_error` under the model's own caption."""
+        return mean_error(self, lambda d: replace(d, captions=torch.zeros_like(d.captions)))
+
+
+@torch.no_grad()
+def mean_error(objective: Any, settle: Callable[[Any], Any] = lambda draw: draw) -> float:
+    """The loss of an objective on fixed noise and timesteps, its draws changed by `settle`."""
+    rows = torch.arange(objective.rows).repeat(PROBE_DRAWS)
+    draw = settle(objective.draw(len(rows), torch.Generator().manual_seed(0)))
+    parts = torch.arange(len(rows)).split(64)
+    errors = torch.cat([objective.errors(rows[part], draw.part(part)) for part in parts])
+    return float(errors.mean())
 
 
 def class_name_embeds(model: LatentDiffusion, names: Sequence[str], vectors: int) -> Tensor:
@@ -179,6 +174,7 @@ def invert_tokens(
     model = load_model(config.model, device=device, dtype=dtype)
     shots = read_shots(samples, model, lambda s: "", flip=config.flip, progress=progress)
     names = check_classes(shots, config.classes)
+    model.drop("vae")
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     objective = TokenObjective(model, shots, class_name_embeds(model, names, config.vectors))

@@ -16,7 +16,7 @@ from ..shards.sample import Sample
 if TYPE_CHECKING:
     from .load import LatentDiffusion
 
-BATCH = 32
+MAX_BATCH, MAX_PIXELS = 32, 1 << 20  # of images that are encoded at once: 4 of 512 px
 
 
 class LatentCache:
@@ -32,7 +32,7 @@ class LatentCache:
         """Queue the image of `sample`; images are encoded in batches."""
         self._waiting.append(decode_rgb(sample, self.model.size))
         self.count += 1
-        if len(self._waiting) == BATCH:
+        if len(self._waiting) == min(MAX_BATCH, max(1, MAX_PIXELS // self.model.size**2)):
             self._encode()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,17 @@ class LatentDiffusion:
         kind: str = self.scheduler.config.prediction_type
         return kind
 
-    @property
+    @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one latent."""
         side = self.size // vae_scale(self.vae)
         return self.unet.config.in_channels, side, side
+
+    def drop(self, *parts: str) -> None:
+        """Let go of "vae" or "text_encoder", which have done their work: their memory is free."""
+        assert self.latent_shape  # it asks the VAE
+        for part in parts:
+            setattr(self, part, None)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Padded token ids, int64 [P, L], on the model's device; too long prompts are cut."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
 from ..runtime.distributed import world
@@ -98,6 +99,7 @@ def train_preference(
         samples, model, lambda judged: prompt_of(judged, prompts, model.template),
         loss=config.loss, desirable=config.desirable, flip=config.flip, progress=progress,
     )  # fmt: skip
+    text_encoder = lora_of_text_encoder(model, config)
     objective = make_objective(model, pairs, config)
     result = finetune(
         objective, config.finetune, checkpoint=out / CHECKPOINT,
@@ -106,7 +108,7 @@ def train_preference(
     facts = {"model": config.model, "seconds": round(time.monotonic() - start, 1)}
     summary = {**facts, **describe(objective, config, result)}
     if world()[0] == 0:
-        write_result(model, config, out)
+        write_result(model, config, text_encoder, out)
         write_json(out / DONE, summary)
         remove_checkpoint(out / CHECKPOINT)
     return summary
@@ -115,14 +117,15 @@ def train_preference(
 def make_objective(
     model: LatentDiffusion, pairs: Preferences, config: PreferenceConfig
 ) -> PreferenceObjective:
-    """Embed the prompts once, then make psi and the reference out of the model's U-Net."""
+    """Embed the prompts once, then make psi and the reference out of the model's U-Net.
+
+    VAE and text encoder are dropped.
+    """
     embeds = embed_prompts(model, pairs.prompts)
     off = adapters_off(tuner_layers(model.text_encoder))
     with off if config.reference == "base" else nullcontext():
         reference_embeds = embed_prompts(model, pairs.prompts)
-    if model.device.type != "cpu":
-        model.vae.to("cpu")
-        model.text_encoder.to("cpu")
+    model.drop("vae", "text_encoder")
     denoisers = make_denoisers(model, config)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -151,12 +154,19 @@ def adapter_name(config: PreferenceConfig) -> str:
     return "default" if config.init is None else "adapter0"
 
 
-def write_result(model: LatentDiffusion, config: PreferenceConfig, out: Path) -> None:
+def lora_of_text_encoder(model: LatentDiffusion, config: PreferenceConfig) -> dict[str, Tensor]:
+    """What --init has adapted there; it is not trained."""
+    if config.full or not tuner_layers(model.text_encoder):
+        return {}
+    return lora_tensors(model.text_encoder, "text_encoder", adapter_name(config))
+
+
+def write_result(
+    model: LatentDiffusion, config: PreferenceConfig, text_encoder: dict[str, Tensor], out: Path
+) -> None:
     """The LoRA file (with the text encoder's part of --init), or the whole pipeline."""
     if not config.full:
-        tensors = lora_tensors(model.unet, "unet", adapter_name(config))
-        if tuner_layers(model.text_encoder):
-            tensors |= lora_tensors(model.text_encoder, "text_encoder", adapter_name(config))
+        tensors = {**lora_tensors(model.unet, "unet", adapter_name(config)), **text_encoder}
         save_tensors(out / LORA_WEIGHTS, tensors, {"format": "pt"})
         return
     write_pipeline(model, config.model, out)

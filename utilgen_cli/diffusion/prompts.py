@@ -31,6 +31,14 @@ class PromptEmbeds(nn.Module):
             spread_members(start, torch.ones_like(start[..., :1]), population, seed)
         )
 
+    @classmethod
+    def at(cls, embeds: Tensor) -> PromptEmbeds:
+        """The given prompts, [C, M, L, D]."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.theta = nn.Parameter(embeds.clone())
+        return self
+
     def forward(self, classes: Tensor, members: Tensor) -> Tensor:
         """Prompt embeddings [B, L, D] of the given members."""
         return self.theta[classes, members]

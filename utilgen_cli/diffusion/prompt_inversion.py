@@ -1,0 +1,120 @@
+"""Inversion of whole prompts: M prompt embeddings a class that denoise its real shots.
+
+Legend: theta [C, M, L, D], the text encoder's output, as `ilpo` moves it. Textual inversion (Gal
+et al. 2023) in that larger space, and by parts: the shots of a class are dealt out to its M
+members, so that they come to differ as the shots do, and a set drawn from them is as varied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.checkpoint import remove_checkpoint
+from ..runtime.distributed import world
+from ..runtime.errors import UsageError
+from ..runtime.files import write_json
+from ..runtime.progress import Progress, silent
+from ..shards.sample import Sample
+from .datadream import Shots, noised_errors, read_shots
+from .finetune import CHECKPOINT, Figures, Watch, finetune
+from .finetune_config import Draw, draw_rows
+from .inversion import InversionConfig, check_classes, mean_error
+from .load import LatentDiffusion, load_model
+from .noise import NoiseConfig
+from .policy import Policy
+from .prompts import PromptEmbeds, rms
+
+DONE = "inversion.json"  # written last
+
+
+def deal(labels: Tensor, population: int) -> Tensor:
+    """The member of each shot, [N]: those of a class in turn. UsageError: a class has too few."""
+    members = torch.zeros_like(labels)
+    for c in labels.unique().tolist():
+        rows = torch.nonzero(labels == c)[:, 0]
+        if len(rows) < population:
+            raise UsageError(
+                f"--population {population}", f"class {c} has {len(rows)} images",
+                "Use at most as many prompts as the smallest class has images.",
+            )  # fmt: skip
+        members[rows] = torch.arange(len(rows)) % population
+    return members
+
+
+class PromptObjective:
+    """mean |target - prediction|^2 over the shots as a function of theta alone."""
+
+    watch: Watch | None = None
+
+    def __init__(
+        self, model: LatentDiffusion, shots: Shots, prompts: Sequence[str], population: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.shots = model, shots
+        self.device, self.dtype, self.rows = model.device, model.dtype, len(shots.labels)
+        self.embeds = PromptEmbeds(model, prompts, population, seed)
+        self.members = deal(shots.labels, population)
+        self.parameters: Mapping[str, nn.Parameter] = {"theta": self.embeds.theta}
+
+    def draw(self, rows: int, generator: torch.Generator) -> Draw:
+        """Noise, timestep and flip of each shot."""
+        steps = len(self.model.scheduler.alphas_cumprod)
+        return draw_rows(rows, self.model.latent_shape, steps, generator)
+
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+        """The denoising loss of shots `rows`."""
+        return self.errors(rows, draw).mean(), {}
+
+    def errors(self, rows: Tensor, draw: Draw) -> Tensor:
+        """The denoising loss of each of shots `rows`, [R]."""
+        where = (self.shots.labels[rows].to(self.device), self.members[rows].to(self.device))
+        return noised_errors(self.model, self.shots, rows, draw, self.embeds(*where))
+
+
+def invert_prompts(
+    samples: Iterable[Sample],
+    out: Path,
+    config: InversionConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Learn the prompts of all classes and write them to `out` as a policy; its facts come back.
+
+    The learning rate is relative to the RMS of the class prompts' embeddings. Resumes from the
+    checkpoint in `out`. UsageError: a class has fewer images than prompts. BadInput: no images,
+    or a class without any.
+    """
+    start = time.monotonic()
+    model = load_model(config.model, device=device, dtype=dtype)
+    shots = read_shots(samples, model, lambda s: "", flip=config.flip, progress=progress)
+    names = check_classes(shots, config.classes)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    prompts = [model.template.replace("{}", name) for name in names]
+    seed = config.finetune.seed
+    objective = PromptObjective(model, shots, prompts, config.population, seed)
+    model.drop("vae", "text_encoder")
+    before = mean_error(objective)
+    rate = config.finetune.learning_rate * rms(objective.embeds.theta.detach())
+    finetune(
+        objective, replace(config.finetune, learning_rate=rate), checkpoint=out / CHECKPOINT,
+        fingerprint=shots.fingerprint, description="invert", progress=progress,
+    )  # fmt: skip
+    losses = {"loss_before": before, "loss_after": mean_error(objective)}
+    summary = {**losses, "images": len(shots.labels), "seconds": round(time.monotonic() - start, 1)}
+    found = {"classes": names, "population": config.population, **summary}
+    if world()[0] == 0:
+        theta = objective.embeds.theta.detach().cpu()
+        Policy(theta, names, prompts, NoiseConfig("none"), asdict(config), [], summary).save(out)
+        write_json(out / DONE, found)
+        remove_checkpoint(out / CHECKPOINT)
+    return found
