@@ -18,10 +18,13 @@ arms() {
   once inversion utilgen invert "$data/real" --seed "$seed" -q -o inversion "${smoke[@]}"
   draw tokens --tokens inversion
   optimise gap --noise none --objective loss --clip-weight 0
-  optimise prompt --noise none
-  optimise prompt-noise --noise single
-  optimise full --adapter round-3-adapter --save-policy full-policy "${set_terms[@]}"
-  compare ablation base tokens lora gap filter round-3 prompt prompt-noise full
+  inverted
+  optimise prompt --init prompts --iterations 20 --noise none --save-policy prompt-policy
+  optimise prompt-noise --init prompt-policy --iterations 0 --noise single
+  once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
+    --steps 600 --lr 0.05 --batch-size 64 --flip --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
+  draw full --adapter round-1-adapter --policy round-1-prompts
+  compare ablation base tokens lora gap filter round-3 inverted prompt prompt-noise full
 }
 
 volumes_and_architectures() {

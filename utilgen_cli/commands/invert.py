@@ -15,6 +15,7 @@ def invert(
     output: o.ModelOutput,
     shards: o.Shards = None,
     model: o.Model = None,
+    adapter: o.Adapters = None,
     vectors: Annotated[int, typer.Option(min=1, max=8, help="Embeddings a token.")] = 1,
     population: Annotated[
         int,
@@ -72,7 +73,7 @@ def invert(
     summary = t.train_command(
         "invert", invert_prompts if population else invert_tokens, DONE if population else INDEX,
         lambda name: InversionConfig(name, vectors, population, names, flip, checkpointing,
-                                     t.smoked(finetune, smoke)),
+                                     tuple(adapter or ()), t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
         overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error),
     )  # fmt: skip

@@ -41,7 +41,18 @@ class InversionConfig:
     classes: tuple[str, ...] | None = None
     flip: bool = False
     gradient_checkpointing: bool = False
+    adapters: tuple[Path, ...] = ()  # of the generator that they are learnt for
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
+        """The generator. UsageError: it has one adapter a class, and all classes learn at once."""
+        model = load_model(self.model, device=device, dtype=dtype, adapters=self.adapters)
+        if model.class_adapters is not None:
+            why = "has one adapter a class, and invert learns all classes at once"
+            raise UsageError(f"adapter {model.class_adapters.name}", why, "Use lora --per dataset.")
+        if self.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +182,10 @@ def invert_tokens(
     Resumes from the checkpoint in `out`. BadInput: no images, or a class without any.
     """
     start = time.monotonic()
-    model = load_model(config.model, device=device, dtype=dtype)
+    model = config.load(device, dtype)
     shots = read_shots(samples, model, lambda s: "", flip=config.flip, progress=progress)
     names = check_classes(shots, config.classes)
     model.drop("vae")
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
     objective = TokenObjective(model, shots, class_name_embeds(model, names, config.vectors))
     before = objective.probe()
     finetune(

@@ -26,7 +26,7 @@ from .datadream import Shots, noised_errors, read_shots
 from .finetune import CHECKPOINT, Figures, Watch, finetune
 from .finetune_config import Draw, draw_rows
 from .inversion import InversionConfig, check_classes, mean_error
-from .load import LatentDiffusion, load_model
+from .load import LatentDiffusion
 from .noise import NoiseConfig
 from .policy import Policy
 from .prompts import PromptEmbeds, rms
@@ -94,11 +94,9 @@ def invert_prompts(
     or a class without any.
     """
     start = time.monotonic()
-    model = load_model(config.model, device=device, dtype=dtype)
+    model = config.load(device, dtype)
     shots = read_shots(samples, model, lambda s: "", flip=config.flip, progress=progress)
     names = check_classes(shots, config.classes)
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
     prompts = [model.template.replace("{}", name) for name in names]
     seed = config.finetune.seed
     objective = PromptObjective(model, shots, prompts, config.population, seed)
@@ -114,7 +112,8 @@ def invert_prompts(
     found = {"classes": names, "population": config.population, **summary}
     if world()[0] == 0:
         theta = objective.embeds.theta.detach().cpu()
-        Policy(theta, names, prompts, NoiseConfig("none"), asdict(config), [], summary).save(out)
+        settings = {**asdict(config), "adapters": [str(path) for path in config.adapters]}
+        Policy(theta, names, prompts, NoiseConfig("none"), settings, [], summary).save(out)
         write_json(out / DONE, found)
         remove_checkpoint(out / CHECKPOINT)
     return found
