@@ -20,8 +20,14 @@ from tests.conftest import Run, make_sample, tar_bytes
 from tests.policy_parts import make_clip, make_value
 from tests.random_bundle import make_bundle
 from utilgen_cli.commands.ilpo import ilpo
+from utilgen_cli.diffusion.datadream import read_shots
+from utilgen_cli.diffusion.inversion import mean_error
+from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.policy import load_policy
+from utilgen_cli.diffusion.prompt_inversion import PromptObjective
+from utilgen_cli.diffusion.prompts import PromptEmbeds
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+from utilgen_cli.shards.operands import open_source
 
 COMMON = ["--iterations", "1", "--population", "2", "--search-steps", "2", "-q"]
 
@@ -160,3 +166,23 @@ def test_it_begins_with_the_prompts_of_a_policy(utilgen: Run, bench: Path) -> No
     done = utilgen(*options, "tokens", "--parameters", "tokens", check=False)
     assert done.returncode == 2
     assert b"--parameters tokens: a policy has encoded prompts" in done.stderr
+
+
+def test_an_anchor_holds_the_prompts_to_the_real_shots(utilgen: Run, bench: Path) -> None:
+    """Of two climbs the anchored one denoises the shots better; both go the same way every time."""
+    common = ["ilpo", "-m", "bundle", "--value", "value", "--clip", "clip", "--iterations", 6,
+              "--rate", 0.1, "--population", 2, "--search-steps", 2, "--per-class", 1, "--steps", 2,
+              "--noise", "none", "--max-fidelity-drop", 1, "-q"]  # fmt: skip
+    model = load_model(str(bench / "bundle"))
+    shots = read_shots(open_source([str(bench / "real.tar")]).samples(), model, lambda s: "")
+    errors = {}
+    for name, weight in (("free", 0), ("anchored", 50), ("again", 50)):
+        anchor = ["--anchor-weight", weight, "--real", "real.tar"]
+        utilgen(*common, *anchor, "-o", name, "--save-policy", f"{name}-policy")
+        learnt = PromptEmbeds.at(load_policy(bench / f"{name}-policy").prompt_embeds)
+        errors[name] = mean_error(PromptObjective(model, shots, learnt))
+    assert errors["anchored"] < errors["free"]
+    assert errors["again"] == errors["anchored"]
+    done = utilgen(*common, "--anchor-weight", 1, "-o", "none", check=False)
+    assert done.returncode == 2
+    assert b"--anchor-weight: needs the real shots. Name them with --real." in done.stderr

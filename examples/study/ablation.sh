@@ -19,17 +19,19 @@ arms() {
   draw tokens --tokens inversion
   optimise gap --noise none --objective loss --clip-weight 0
   inverted
-  optimise prompt --init prompts --iterations 20 --noise none --save-policy prompt-policy
+  optimise prompt --init prompts --iterations 5 --anchor-weight 1 --noise none \
+    --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
   once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
     --steps 600 --lr 0.05 --batch-size 64 --flip --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
-  draw full --adapter round-1-adapter --policy round-1-prompts
+  optimise full --adapter round-1-adapter --init round-1-prompts --iterations 5 --anchor-weight 1 \
+    --noise none --save-policy full-policy
   compare ablation base tokens lora gap filter round-3 inverted prompt prompt-noise full
 }
 
 volumes_and_architectures() {
   for name in base full; do
-    options=() && [ "$name" = base ] || options=(--adapter round-3-adapter --policy full-policy)
+    options=() && [ "$name" = base ] || options=(--adapter round-1-adapter --policy full-policy)
     once "$name-x10" utilgen generate --per-class $((2 * per_class)) --seed "$seed" \
       --guidance-scale "$GUIDANCE" -q -o "$name-x10" "${options[@]}"
   done

@@ -21,6 +21,7 @@ def ilpo(
     clip: i.Clip = None,
     clip_weight: i.ClipWeight = 0.5,
     clip_image_weight: i.ClipImageWeight = 0.0,
+    anchor_weight: i.AnchorWeight = 0.0,
     parameters: i.Parameters = "embeds",
     population: i.Population = 4,
     init: i.Init = None,
@@ -84,7 +85,8 @@ def ilpo(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
     )
     instance = InstanceConfig(
-        parameters, population, grad_steps, search_steps, checkpointing, init, search,
+        parameters, population, grad_steps, search_steps, checkpointing, anchor_weight,
+        init, search,
         NoiseConfig(noise, omega_l, omega_w, refine),
     )  # fmt: skip
     aim = Aim(

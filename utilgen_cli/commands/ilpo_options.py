@@ -28,6 +28,13 @@ ClipWeight = Annotated[
 ClipImageWeight = Annotated[
     float, typer.Option(min=0, help="Weight of cos(image, real shots of the class).")
 ]
+AnchorWeight = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Weight of denoising the real shots (--real), which holds the prompts to their world.",
+    ),
+]
 Parameters = Annotated[
     str,
     typer.Option(help="embeds (the encoded prompt), or tokens (the class's, before encoding)."),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..classification.data import load_images, to_float
 from ..diffusion.clip import ClipModel, image_image_score, image_text_score, load_clip
+from ..diffusion.datadream import Shots, read_shots
 from ..diffusion.generate import GenerateConfig, Generator, LazyGenerator
 from ..diffusion.instance import InstanceConfig, PolicyGenerator, learn_policy
 from ..diffusion.noise import Calls, counted
@@ -202,9 +203,18 @@ class PolicyRun(LazyGenerator):
     def learn(self, generator: Generator, checkpoint: Path | None) -> Policy:
         """Optimise the prompts."""
         terms = Terms(self.aim, generator, self.quarantine)
+        shots = self.shots(generator) if self.instance.anchor_weight else None
         return learn_policy(
-            generator, terms.terms(), terms.labellers(), self.instance, checkpoint, self.progress
-        )
+            generator, terms.terms(), terms.labellers(), self.instance, checkpoint, self.progress,
+            shots,
+        )  # fmt: skip
+
+    def shots(self, generator: Generator) -> Shots:
+        """The real shots' latents, to anchor the prompts. UsageError: no --real."""
+        if self.aim.real is None:
+            raise UsageError("--anchor-weight", "needs the real shots", "Name them with --real.")
+        source = open_source([str(self.aim.real)], self.quarantine)
+        return read_shots(source.samples(), generator.model, lambda sample: "")
 
     def summary(self) -> dict[str, Any]:
         """What the run drew, and what the policy did."""

@@ -8,15 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
+from ..runtime.seeds import step_generator
 from .class_adapters import acting
+from .datadream import Shots
 from .ddim import initial_noise
 from .generate import Generator, Item
 from .noise import NoiseConfig
 from .policy import Policy, load_policy
+from .prompt_inversion import PromptObjective
 from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
 from .prompts import PromptEmbeds, TokenEmbeds
 from .rollout import GradSteps, Rollout
@@ -33,6 +37,7 @@ class InstanceConfig:
     grad_steps: str = "all"
     sampling_steps: int = 5  # while optimising
     checkpointed: bool = False
+    anchor_weight: float = 0.0  # of the real shots' denoising loss
     start: Path | None = None  # a policy whose prompts to begin with, instead of the class prompts
     search: SearchConfig = field(default_factory=SearchConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -57,10 +62,12 @@ def learn_policy(
     config: InstanceConfig,
     checkpoint: Path | None = None,
     progress: Progress = silent,
+    shots: Shots | None = None,
 ) -> Policy:
     """Optimise the class prompts of `generator` for the sum of the terms.
 
-    `labellers` name the classes of images; the first one guards against alignment collapse.
+    `labellers` name the classes of images; the first one guards against alignment collapse. `shots`
+    are needed for an anchor.
     Resumes from `checkpoint`. Raises UtilgenError when label fidelity falls too far.
     """
     model, seed = generator.model, config.search.seed
@@ -85,7 +92,11 @@ def learn_policy(
         model, generator.uncond.detach(), config.sampling_steps, generator.guidance_scale,
         GradSteps.parse(config.grad_steps), config.checkpointed,
     )  # fmt: skip
-    search = PromptSearch(prompts, rollout, list(terms), labellers, config.search)
+    anchor = None
+    if config.anchor_weight:
+        assert shots is not None
+        anchor = ShotAnchor(PromptObjective(model, shots, prompts), config)
+    search = PromptSearch(prompts, rollout, list(terms), labellers, config.search, anchor)
     start = time.monotonic()
     embeds = search.run(checkpoint, progress)
     summary = {
@@ -103,6 +114,23 @@ def learn_policy(
         search.state.history,
         summary,
     )
+
+
+class ShotAnchor:
+    """The denoising loss of the real shots; as many a step as images are drawn in it."""
+
+    def __init__(self, objective: PromptObjective, config: InstanceConfig) -> None:
+        self.objective, self.search, self.weight = objective, config.search, config.anchor_weight
+        drawn = objective.prompts.theta.shape[:2].numel() * config.search.images
+        self.rows = min(drawn, objective.rows)
+
+    def backward(self, iteration: int) -> None:
+        """Add its gradient to theta's."""
+        generator = step_generator(self.search.seed, iteration, "ilpo-anchor")
+        rows = torch.randperm(self.objective.rows, generator=generator)[: self.rows]
+        draw = self.objective.draw(self.rows, generator)
+        for part in torch.arange(self.rows).split(self.search.chunk):
+            self.objective.errors(rows[part], draw.part(part)).sum().backward()
 
 
 def outcome(search: PromptSearch) -> dict[str, Any]:

@@ -8,7 +8,7 @@ members, so that they come to differ as the shots do, and a set drawn from them 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .inversion import InversionConfig, check_classes, mean_error
 from .load import LatentDiffusion
 from .noise import NoiseConfig
 from .policy import Policy
-from .prompts import PromptEmbeds, rms
+from .prompts import PromptEmbeds, TokenEmbeds, rms
 
 DONE = "inversion.json"  # written last
 
@@ -54,14 +54,12 @@ class PromptObjective:
     watch: Watch | None = None
 
     def __init__(
-        self, model: LatentDiffusion, shots: Shots, prompts: Sequence[str], population: int,
-        seed: int,
-    ) -> None:  # fmt: skip
-        self.model, self.shots = model, shots
+        self, model: LatentDiffusion, shots: Shots, prompts: PromptEmbeds | TokenEmbeds
+    ) -> None:
+        self.model, self.shots, self.prompts = model, shots, prompts
         self.device, self.dtype, self.rows = model.device, model.dtype, len(shots.labels)
-        self.embeds = PromptEmbeds(model, prompts, population, seed)
-        self.members = deal(shots.labels, population)
-        self.parameters: Mapping[str, nn.Parameter] = {"theta": self.embeds.theta}
+        self.members = deal(shots.labels, prompts.theta.shape[1])
+        self.parameters: Mapping[str, nn.Parameter] = {"theta": prompts.theta}
 
     def draw(self, rows: int, generator: torch.Generator) -> Draw:
         """Noise, timestep and flip of each shot."""
@@ -75,7 +73,7 @@ class PromptObjective:
     def errors(self, rows: Tensor, draw: Draw) -> Tensor:
         """The denoising loss of each of shots `rows`, [R]."""
         where = (self.shots.labels[rows].to(self.device), self.members[rows].to(self.device))
-        return noised_errors(self.model, self.shots, rows, draw, self.embeds(*where))
+        return noised_errors(self.model, self.shots, rows, draw, self.prompts(*where))
 
 
 def invert_prompts(
@@ -97,12 +95,12 @@ def invert_prompts(
     model = config.load(device, dtype)
     shots = read_shots(samples, model, lambda s: "", flip=config.flip, progress=progress)
     names = check_classes(shots, config.classes)
-    prompts = [model.template.replace("{}", name) for name in names]
-    seed = config.finetune.seed
-    objective = PromptObjective(model, shots, prompts, config.population, seed)
+    texts = [model.template.replace("{}", name) for name in names]
+    prompts = PromptEmbeds(model, texts, config.population, config.finetune.seed)
+    objective = PromptObjective(model, shots, prompts)
     model.drop("vae", "text_encoder")
     before = mean_error(objective)
-    rate = config.finetune.learning_rate * rms(objective.embeds.theta.detach())
+    rate = config.finetune.learning_rate * rms(prompts.theta.detach())
     finetune(
         objective, replace(config.finetune, learning_rate=rate), checkpoint=out / CHECKPOINT,
         fingerprint=shots.fingerprint, description="invert", progress=progress,
@@ -111,9 +109,9 @@ def invert_prompts(
     summary = {**losses, "images": len(shots.labels), "seconds": round(time.monotonic() - start, 1)}
     found = {"classes": names, "population": config.population, **summary}
     if world()[0] == 0:
-        theta = objective.embeds.theta.detach().cpu()
+        theta = prompts.theta.detach().cpu()
         settings = {**asdict(config), "adapters": [str(path) for path in config.adapters]}
-        Policy(theta, names, prompts, NoiseConfig("none"), settings, [], summary).save(out)
+        Policy(theta, names, texts, NoiseConfig("none"), settings, [], summary).save(out)
         write_json(out / DONE, found)
         remove_checkpoint(out / CHECKPOINT)
     return found

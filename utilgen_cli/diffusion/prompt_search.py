@@ -4,6 +4,9 @@ Legend: theta the prompts of `prompts.py`; f_k the terms of the objective, w_k t
 gradient at the images. Each term's own is divided by its RMS norm over the batch (the score's
 scale is arbitrary, and W saturates), so that a weight means the same for every term:
     G = sum_k w_k g_k / rms|g_k|,   then one vector-Jacobian product G dimages/dtheta.
+An anchor, the denoising loss D of the real shots under the prompts, pulls theta itself: with every
+member's own part of both at unit RMS, the step climbs
+    unit(dimages/dtheta^T G) - w unit(dD/dtheta)
 Iterates are judged on noise that was never optimised on, by J = sum_k w_k f_k / s_k with s_k the
 rms|g_k| of the start.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,16 @@ from .ddim import initial_noise
 from .noise import Calls, counted
 from .prompts import rms
 from .rollout import Rollout
+
+
+class Anchor(Protocol):
+    """A loss of the prompts themselves."""
+
+    weight: float
+
+    def backward(self, iteration: int) -> None:
+        """Add its gradient to theta's."""
+
 
 Labeller = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> predicted classes [B]
 
@@ -128,9 +141,10 @@ class PromptSearch:
         terms: list[Term],
         labellers: dict[str, Labeller],
         config: SearchConfig,
+        anchor: Anchor | None = None,
     ) -> None:
         self.prompts, self.rollout, self.terms = prompts, rollout, terms
-        self.labellers, self.config = labellers, config
+        self.labellers, self.config, self.anchor = labellers, config, anchor
         self.theta: nn.Parameter = prompts.theta  # type: ignore[assignment]
         self.rate = config.rate * rms(self.theta.detach())
         self.optimizer = torch.optim.Adam([self.theta], lr=self.rate, betas=(0.9, 0.99))
@@ -193,11 +207,19 @@ class PromptSearch:
             return image_gradients(self.terms, images, classes)[0]
 
         accumulate(self.rollout, cond, noise, chosen, gradient_of, config.chunk)
-        gradient = self.theta.grad
+        gradient = -self.member_gradients()
+        if self.anchor is not None:
+            self.anchor.backward(self.state.iteration)
+            gradient += self.anchor.weight * self.member_gradients()
+        self.theta.grad = gradient
+        self.optimizer.step()
+
+    def member_gradients(self) -> Tensor:
+        """Theta's gradient with every member's part at unit RMS; it is taken from theta."""
+        gradient, self.theta.grad = self.theta.grad, None
         assert gradient is not None
         norm = gradient.flatten(2).norm(dim=2)[(..., *[None] * (gradient.dim() - 2))]
-        self.theta.grad = -gradient / norm.clamp_min(1e-20) * (gradient[0, 0].numel() ** 0.5)
-        self.optimizer.step()
+        return gradient / norm.clamp_min(1e-20) * (gradient[0, 0].numel() ** 0.5)
 
     def grid(self, images: int) -> tuple[Tensor, Tensor]:
         """(class, member) of every image of a batch: [C * M * images] each."""
