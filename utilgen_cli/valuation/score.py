@@ -108,7 +108,7 @@ class Scorer:
         for sample in batch:
             check_class(sample, self.value.classes)
         arrays = [torch.from_numpy(decode_rgb(s, self.value.size).copy()) for s in batch]
-        images = torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
+        images = torch.stack(arrays).permute(0, 3, 1, 2)  # channels last, as convolutions like it
         labels = torch.tensor([s.label for s in batch])
         return self.value.judge_pixels(images, labels, self.batch_size, self.passes), labels
 
