@@ -14,7 +14,6 @@ from utilgen_cli.classification import data as data_module
 from utilgen_cli.classification.data import (
     augment,
     load_images,
-    random_resized_crop,
     shuffled_batches,
 )
 from utilgen_cli.runtime.errors import BadInput, NoInput
@@ -89,16 +88,13 @@ def test_augmentation_moves_and_mirrors_and_follows_its_generator() -> None:
     assert len({d.numpy().tobytes() for d in plain}) == 9
 
 
-def test_a_resized_crop_of_a_ramp_is_a_flatter_ramp() -> None:
-    ramp = torch.linspace(0, 1, 16).expand(32, 3, 16, 16)
-    out = random_resized_crop(ramp, torch.Generator().manual_seed(0))
-    steps = out[..., 1:-1].diff(dim=-1)
-    assert torch.allclose(steps, steps[..., :1].expand_as(steps), atol=1e-5)
-    assert torch.allclose(out, out[:, :, :1].expand_as(out), atol=1e-6)
-    slope = steps[:, 0, 0, 0]
-    assert (slope.abs() <= 1 / 15 + 1e-5).all()
-    assert (slope > 0).any()
-    assert (slope < 0).any()
+def test_processes_that_share_a_batch_draw_as_one_does() -> None:
+    images = torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    whole = augment(images, torch.Generator().manual_seed(0))
+    for rank in range(2):
+        share = (rank, 2, 7)
+        part = augment(images[rank::2], torch.Generator().manual_seed(0), share=share)
+        assert torch.equal(part, whole[rank::2])
 
 
 @given(n=st.integers(1, 20), size=st.integers(1, 30))

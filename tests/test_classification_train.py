@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from utilgen_cli.classification.batches import Batches, stored_side
+from utilgen_cli.classification.batches import Batches, loader_errors, stored_side
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
 from utilgen_cli.classification.models import build_classifier
@@ -220,7 +220,10 @@ def test_a_killed_worker_ends_the_training_with_advice() -> None:
     next(batches)
     [worker] = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(UtilgenError, match=r"loader workers: one of them died.*fewer --workers"):
+    with (
+        pytest.raises(UtilgenError, match=r"loader workers: one of them died.*fewer --workers"),
+        loader_errors(),
+    ):
         for _ in range(100):
             next(batches)
 

@@ -4,8 +4,9 @@
 #   bash examples/study/ablation.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
 #
 # Class prompts (base), inversion (tokens), DataDream (lora), GAP, filtering alone (filter), then
-# UtilGen: three rounds of preference tuning (round-3), prompts, prompts and noise, and all of it with
-# the terms that value the set (full). Then volume and other architectures for base and full. What
+# UtilGen: three rounds of preference tuning (round-3), prompts inverted from the shots (inverted), with
+# an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
+# generator of the first round (full). Then volume and other architectures for base and full. What
 # model_level.sh and instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
 # shellcheck source=examples/study/common.sh
 source "$(dirname "$0")/common.sh"

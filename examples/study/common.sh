@@ -11,7 +11,8 @@
 set -euo pipefail
 
 study=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data=$(cd "${DATA:-$study/../data}" && pwd) pool=(${POOL:+--pool "$(realpath "$POOL")"})
+data=$(cd "${DATA:-$study/../data}" && pwd)
+pool=() && [ -z "${POOL:-}" ] || pool=(--pool "$(realpath -e "$POOL")")
 smoke=() per_class=80 seeds="0 1 2 3 4"
 while [ $# -gt 0 ]; do
   case $1 in
@@ -22,10 +23,16 @@ while [ $# -gt 0 ]; do
   esac
 done
 model=${UTILGEN_MODEL:-tiny}
-[ ! -d "$model" ] || model=$(realpath "$model")
+[ "$model" = tiny ] || [ ! -d "$model" ] || model=$(realpath "$model")
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} UTILGEN_MODEL=$model
 [ -z "${JUDGE:-}" ] || JUDGE=$(realpath -m "$JUDGE")
 mkdir -p "${1:-study}" && cd "${1:-study}"
+setup="$data $model $per_class" # what all steps in a directory were made with
+[ ! -e setup ] || [ "$(cat setup)" = "$setup" ] || {
+  echo "$PWD was made with: $(cat setup); now: $setup. Name another directory." >&2
+  exit 2
+}
+echo "$setup" > setup
 : "${GUIDANCE:=1}" # the better scale for accuracy without adaptation (model card of the bundle)
 
 once() { # MARK COMMAND...: run a step, unless it has run

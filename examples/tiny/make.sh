@@ -18,6 +18,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 out=${1:-$here/../../build/tiny}
+[ $# -le 1 ] || { echo "make.sh: options come before OUT" >&2; exit 2; }
 export OMP_WAIT_POLICY=passive
 mkdir -p "$out"
 
@@ -26,7 +27,8 @@ part() { # MADE NAME STEPS OPTIONS...: train a part, unless it is there
 }
 part open_clip clip 2000
 part vae vae 2500
-part .unet unet 5000 --latents $((100000 * percent / 100)) && touch "$out/.unet"
+part .unet unet 5000 --latents $((100000 * percent / 100))
+touch "$out/.unet"
 [ ${#pool[@]} -eq 0 ] || exit 0
 
 python "$here/make_shards.py" "$out/data"

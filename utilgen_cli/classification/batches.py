@@ -1,13 +1,14 @@
 """Batches for training: seeded, real and synthetic mixed, augmented here or in worker processes.
 
 What a batch holds depends on the seed and the step alone: not on the number of workers, nor on
-where a stopped run went on, nor (but for the shift of `pad`) on how many processes share a batch.
+where a stopped run went on, nor on how many processes share a batch.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -66,7 +67,7 @@ class Batches:
 
     With `mix`, round(real_share * batch_size) samples of every batch come from `data`, the rest
     from `mix`; each of the two is walked in its own shuffled epochs. Of `processes` that share a
-    batch, this one takes every so many-th sample from `rank` on. UtilgenError: a worker died.
+    batch, this one takes every so many-th sample from `rank` on. See `loader_errors` for workers.
     """
 
     data: LabelledImages
@@ -83,7 +84,6 @@ class Batches:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        self.draws = torch.Generator().manual_seed(derive_seed("augment", self.seed))
         self.fetch = _Fetch(
             [self.data, *([] if self.mix is None else [self.mix])],
             self.weights,
@@ -93,11 +93,13 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for x, y, w in self._fetched():
+        share = (self.rank, self.processes, self.config.batch_size)
+        for step, (x, y, w) in enumerate(self._fetched(), self.start):
             x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
             images = to_float(x)
             if self.config.augmentation == "pad":
-                images = augment(images, self.draws)
+                draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
+                images = augment(images, draws, share=share)
             yield images, y, w
 
     def _indices(self) -> Iterator[tuple[int, Index]]:
@@ -118,19 +120,24 @@ class Batches:
         if not self.workers:
             yield from map(self.fetch.__getitem__, self._indices())
             return
-        loader: Iterable[Batch] = DataLoader(
+        yield from DataLoader(
             self.fetch, batch_size=None, sampler=self._indices(), num_workers=self.workers,
             worker_init_fn=_unattended, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # torch's own is the model's
         )  # fmt: skip
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            why = "one of them died (out of memory?)"
-            advice = "Run the same command again to go on; fewer --workers need less memory."
-            raise UtilgenError("loader workers", why, advice) from None
+
+
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """A worker that died as UtilgenError: torch raises wherever the main thread is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = "one of them died (out of memory?)"
+        advice = "Run the same command again to go on; fewer --workers need less memory."
+        raise UtilgenError("loader workers", why, advice) from None
 
 
 class _Fetch(Dataset[Batch]):
@@ -160,7 +167,8 @@ class _Fetch(Dataset[Batch]):
         """The image under the draws of its place: torchvision's come from torch's own generator."""
         assert self.transform is not None
         with torch.random.fork_rng([]):
-            torch.manual_seed(derive_seed("transform", self.seed, step, number))
+            # not torch.manual_seed: that would touch the GPUs' generators, which are the model's
+            torch.default_generator.manual_seed(derive_seed("transform", self.seed, step, number))
             return self.transform(image)
 
 

@@ -111,9 +111,10 @@ def _compare(
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
     runs, probes = _plan(protocol, arms, real, validation, team)
+    together = team.size if protocol.data_parallel else 1
     trainer = Trainer(
         protocol.config, size, protocol.device, protocol.pretrained, validation, protocol.workers,
-        team, protocol.data_parallel and team.size > 1,
+        team, together > 1,
     )  # fmt: skip
     team.wait()  # the first process holds the directory now
     keep = frozenset(run.name for run in probes)
@@ -140,7 +141,7 @@ def _compare(
         "utilgen": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "protocol": _protocol_facts(protocol),
+        "protocol": _protocol_facts(protocol) | {"processes_a_run": together},
         "data": _data_facts(inputs, {**sets, "test": test}, test_hash),
         "leaks": leaks,
         **summarise(list(results(runs, directory)), real.classes, protocol.baseline),
@@ -159,8 +160,8 @@ def _plan(
     """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
     context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
                "device": protocol.device.type}  # fmt: skip
-    if protocol.data_parallel:
-        context["processes"] = team.size  # batch norm and the draws of `pad` see the parts
+    if protocol.data_parallel and team.size > 1:
+        context["processes"] = team.size  # batch norm sees the parts
     if validation is not None and protocol.config.validate_every:
         context["selected on"] = digest_images(validation)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.seeds)

@@ -137,17 +137,20 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(
-    images_bchw: Tensor, generator: torch.Generator, flip: bool = True, padding: int | None = None
-) -> Tensor:
+    images_bchw: Tensor, generator: torch.Generator, flip: bool = True, padding: int | None = None,
+    share: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Random crop of zero-padded images and random mirror, one draw an image.
 
     `padding` is in pixels a side (default an eighth of the side). The draws come from the CPU
-    `generator`, so that a batch looks the same on every device.
+    `generator`, so that a batch looks the same on every device. `share` (rank, processes, images
+    of the whole batch): these are every so many-th of them, and are drawn for as in the whole.
     """
     b, _, h, w = images_bchw.shape
     pad = h // 8 if padding is None else padding
-    dy, dx = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
-    mirrored = torch.rand(b, 1, generator=generator) < 0.5
+    rank, processes, whole = share or (0, 1, b)
+    dy, dx = torch.randint(2 * pad + 1, (2, whole, 1), generator=generator)[:, rank::processes]
+    mirrored = (torch.rand(whole, 1, generator=generator) < 0.5)[rank::processes]
     rows, cols = dy + torch.arange(h), dx + torch.arange(w)  # [B, H], [B, W]
     if flip:
         cols = torch.where(mirrored, cols.flip(1), cols)

@@ -35,22 +35,22 @@ class Training:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0  # of the processes before this one
 
-    def save(self, path: Path, seconds: float, draws: torch.Generator) -> None:
-        """Write everything, `draws` (of the augmentation) and torch's own generator included."""
+    def save(self, path: Path, seconds: float) -> None:
+        """Write everything, torch's own generator included."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= optimizer_tensors(self.optimizer)
-        tensors |= {"draws": draws.get_state(), "noise": torch.get_rng_state()}
+        tensors["noise"] = torch.get_rng_state()
         tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
         meta = {"step": self.step, "best": self.best, "seconds": seconds,
                 "scaler": self.scaler.state_dict()}  # fmt: skip
         save_checkpoint(path, tensors, meta)
 
-    def load(self, path: Path) -> Tensor | None:
-        """Go on where `path` was saved, if it was; the state of `draws` there."""
+    def load(self, path: Path) -> None:
+        """Go on where `path` was saved, if it was."""
         found = load_checkpoint(path)
         if found is None:
-            return None
+            return
         tensors, meta = found
         self.model.load_state_dict(_under(tensors, "model."))
         restore_optimizer(self.optimizer, tensors)
@@ -60,7 +60,6 @@ class Training:
         self.best, self.best_state = meta["best"], _under(tensors, "best.")
         self.step, self.seconds = meta["step"], meta["seconds"]
         torch.set_rng_state(tensors["noise"])
-        return tensors["draws"]
 
 
 class Keeper:
@@ -77,14 +76,14 @@ class Keeper:
         """Spent on the training so far."""
         return training.seconds + time.monotonic() - self.start
 
-    def look(self, training: Training, draws: torch.Generator) -> None:
+    def look(self, training: Training) -> None:
         """Save where it is due. Stopped: a signal came, and the state is saved."""
         if self.path is None:
             return
         stop = stop_anywhere(self.device) if self.together else signals.stop_requested()
         if stop or time.monotonic() - self.last > SAVE_EVERY:
             if not self.together or world()[0] == 0:
-                training.save(self.path, self.seconds(training), draws)
+                training.save(self.path, self.seconds(training))
             self.last = time.monotonic()
         if stop:
             raise_stopped()

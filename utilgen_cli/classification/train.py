@@ -22,7 +22,7 @@ from ..runtime.distributed import all_reduce_mean, world
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed
-from .batches import Batches
+from .batches import Batches, loader_errors
 from .data import LabelledImages, to_float
 from .models import Classifier
 from .resume import Keeper, Training
@@ -123,7 +123,9 @@ def weighted_loss(
 def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as torch's DistributedDataParallel; on GPUs batch norm sees the whole batch."""
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the model itself is none
+        from timm.layers import convert_sync_batchnorm  # torch's loses timm's activations
+
+        convert_sync_batchnorm(model)  # in place: the model itself is none
         return nn.parallel.DistributedDataParallel(model, device_ids=[device])
     return nn.parallel.DistributedDataParallel(model)
 
@@ -158,6 +160,7 @@ def train_classifier(
     (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
     for image by image. `together`: all processes under torchrun train this one model, each on its
     share of every batch (batch norm sees the share, but for synchronised one on GPUs).
+    UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
     rank, processes = world() if together else (0, 1)
@@ -165,16 +168,15 @@ def train_classifier(
         torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         training = Training(model, make_optimizer(model, config), scaler)
-        draws = training.load(checkpoint) if checkpoint else None
+        if checkpoint:
+            training.load(checkpoint)
         batches = Batches(
             data, config, seed, weights, mix, training.step, device, model.transform["size"],
             workers, rank, processes,
         )  # fmt: skip
-        if draws is not None:
-            batches.draws.set_state(draws)
         best = _Best(training, validation if config.validate_every else None)
         keeper = Keeper(checkpoint, device, together)
-        with signals.deferred() if checkpoint else nullcontext():
+        with signals.deferred() if checkpoint else nullcontext(), loader_errors():
             _take_steps(training, batches, best, keeper, config, progress)
     selected = best.restore(config.steps)
     last = training.losses[-max(1, config.steps // 10) :]
@@ -209,7 +211,7 @@ def _take_steps(
             if config.validate_every and training.step % config.validate_every == 0:
                 best.look(training.step)
             task.advance()
-            keeper.look(training, batches.draws)
+            keeper.look(training)
 
 
 class _Best:

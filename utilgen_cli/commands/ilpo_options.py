@@ -43,7 +43,9 @@ Population = Annotated[int, typer.Option(min=1, help="Prompts a class.")]
 Init = Annotated[
     Path | None,
     typer.Option(
-        "--init", help="Prompts to begin with, as `invert --population` or --save-policy made them."
+        "--init",
+        help="Prompts to begin with, as `invert --population` or --save-policy made them; as many "
+        "a class as it has.",
     ),
 ]
 Iterations = Annotated[

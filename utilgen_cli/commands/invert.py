@@ -64,9 +64,14 @@ def invert(
     from ..diffusion.finetune_config import FinetuneConfig
     from ..diffusion.inversion import INDEX, InversionConfig, invert_tokens
     from ..diffusion.prompt_inversion import DONE, invert_prompts
+    from ..runtime.errors import UsageError
 
+    if population and vectors > 1:
+        raise UsageError(f"--vectors {vectors}", "are of tokens", "Leave it out, or --population.")
+    if learning_rate is None:
+        learning_rate = 2e-2 if population else 1e-2
     finetune = FinetuneConfig(
-        steps, batch_size, learning_rate or (2e-2 if population else 1e-2), schedule,
+        steps, batch_size, learning_rate, schedule,
         weight_decay=0.0, gradient_accumulation=accumulation, ema=ema, seed=seed,
     )  # fmt: skip
     names = parse_classes(classes)

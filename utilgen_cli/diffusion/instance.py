@@ -74,6 +74,7 @@ def learn_policy(
     if model.class_adapters is not None:
         why = "has one adapter a class, and ilpo learns the prompts of all classes at once"
         raise UsageError(f"adapter {model.class_adapters.name}", why, "Use lora --per dataset.")
+    before = 0  # latents that the U-Net saw for the prompts to begin with
     if config.parameters == "tokens":
         prompts: PromptEmbeds | TokenEmbeds = TokenEmbeds(
             model,
@@ -84,6 +85,7 @@ def learn_policy(
         )
     elif config.start is not None:
         begun = load_policy(config.start)
+        before = int(begun.summary.get("unet_latents", 0))
         begun.check(model, generator.classes, str(config.start))
         prompts = PromptEmbeds.at(begun.prompt_embeds.to(model.device))
     else:
@@ -101,7 +103,7 @@ def learn_policy(
     embeds = search.run(checkpoint, progress)
     summary = {
         "seconds": round(time.monotonic() - start, 1), "unet_calls": search.calls.calls,
-        "unet_latents": search.calls.latents, **outcome(search),
+        "unet_latents": before + search.calls.latents, **outcome(search),
     }  # fmt: skip
     begun_at = config.start and str(config.start)
     settings = {**config.facts(), "start": begun_at, "terms": {t.name: t.weight for t in terms}}

@@ -63,7 +63,7 @@ class LatentDiffusion:
 
     def drop(self, *parts: str) -> None:
         """Let go of "vae" or "text_encoder", which have done their work: their memory is free."""
-        assert self.latent_shape  # it asks the VAE
+        _ = self.latent_shape  # from now on kept: it asks the VAE
         for part in parts:
             setattr(self, part, None)
 

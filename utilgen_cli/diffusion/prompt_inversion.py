@@ -101,12 +101,15 @@ def invert_prompts(
     model.drop("vae", "text_encoder")
     before = mean_error(objective)
     rate = config.finetune.learning_rate * rms(prompts.theta.detach())
-    finetune(
+    result = finetune(
         objective, replace(config.finetune, learning_rate=rate), checkpoint=out / CHECKPOINT,
         fingerprint=shots.fingerprint, description="invert", progress=progress,
     )  # fmt: skip
-    losses = {"loss_before": before, "loss_after": mean_error(objective)}
-    summary = {**losses, "images": len(shots.labels), "seconds": round(time.monotonic() - start, 1)}
+    batch = config.finetune.batch_size * config.finetune.gradient_accumulation * world()[1]
+    summary = {
+        "loss_before": before, "loss_after": mean_error(objective), "images": len(shots.labels),
+        "unet_latents": result.steps * batch, "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
     found = {"classes": names, "population": config.population, **summary}
     if world()[0] == 0:
         theta = prompts.theta.detach().cpu()

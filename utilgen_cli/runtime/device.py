@@ -15,13 +15,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def pick_device(name: str | None = None) -> torch.device:
     """The named device; without a name CUDA, then Apple's MPS, then the CPU.
 
-    Under torchrun every process of a machine takes its own GPU.
+    Under torchrun every process of a machine takes its own GPU, unless one is numbered.
     """
     if name is None:
-        if torch.cuda.is_available():
-            shared = world()[1] > 1 and "LOCAL_RANK" in os.environ
-            return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if shared else "cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    if name == "cuda" and world()[1] > 1 and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

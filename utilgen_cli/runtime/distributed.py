@@ -15,7 +15,7 @@ def init() -> tuple[int, int]:
     """Join the process group if there is more than one process; (rank, world size) comes back."""
     rank, size = world()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return rank, size
 
 

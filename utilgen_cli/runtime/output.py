@@ -21,6 +21,19 @@ SETTINGS = "settings.json"
 ENDS = 1 << 20  # bytes of each end of a file of weights that are looked at
 
 
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    """A forked child (a loader's worker) may outlive its parent: the lock must not."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class OutputDirectory:
     """Use as a context: makes PATH, locks it, and compares PATH/settings.json with `settings`.
 
@@ -110,6 +123,7 @@ class OutputDirectory:
     def _lock(self, name: str, kind: int) -> None:
         descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644)
         self._locks.append(descriptor)
+        _held.add(descriptor)
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)  # the lock of a dead process is free
         except OSError:
@@ -120,6 +134,7 @@ class OutputDirectory:
 
     def _release(self) -> None:
         for descriptor in self._locks:
+            _held.discard(descriptor)
             os.close(descriptor)
         self._locks = []
 

@@ -69,7 +69,9 @@ def _watch(descriptor: int) -> None:
         wait = None if first is None else max(0.1, first + GRACE - time.monotonic())
         if select.select([descriptor], [], [], wait)[0]:
             number = os.read(descriptor, 1)[0]
-            if first is None and number in NUMBERS:
+            if number not in NUMBERS:  # torch listens for the end of its children
+                continue
+            if first is None:
                 first = time.monotonic()
             elif first is not None and time.monotonic() - first > BURST:
                 leave(number, "left at once")
