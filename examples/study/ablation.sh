@@ -24,7 +24,7 @@ arms() {
     --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
   once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
-    --steps 600 --lr 0.05 --batch-size 64 --flip --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
+    --steps 600 --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
   optimise full --adapter round-1-adapter --init round-1-prompts --iterations 5 --anchor-weight 1 \
     --noise none --save-policy full-policy
   compare ablation base tokens lora gap filter round-3 inverted prompt prompt-noise full

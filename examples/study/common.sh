@@ -7,7 +7,7 @@
 # generator and another classifier. All arms of a seed start from the same noise.
 #
 # Data of your own: DATA=dir (shards in real/, val/, test/), UTILGEN_MODEL=bundle, and POOL=shards to
-# train the judge on (JUDGE=file names one that is there).
+# train the judge on (JUDGE=file names one that is there); NO_FLIP=1 where a mirror image is another thing.
 set -euo pipefail
 
 study=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -104,7 +104,7 @@ dpo_options=(--beta 500 --steps 100) # the default beta keeps the generator near
 
 inverted() { # prompts that denoise the real shots, four a class (`prompts`), and images of them
   once prompts utilgen invert "$data/real" --population 4 --steps 600 --lr 0.05 --batch-size 64 \
-    --flip --seed "$seed" -q -o prompts "${smoke[@]}"
+    "${flip[@]}" --seed "$seed" -q -o prompts "${smoke[@]}"
   draw inverted --policy prompts
 }
 
@@ -126,6 +126,8 @@ judge() { # trains, once, the classifier that reports label fidelity and does no
 }
 
 joint=(--real-share 0.8) # of a batch, in every joint arm
+flip=(--flip)
+[ -z "${NO_FLIP:-}" ] || flip=() joint+=(--augment shift)
 compare() { # OUT SET...: accuracy of each set alone and joined with real, and its label fidelity
   local out=$1 sets=() name
   shift

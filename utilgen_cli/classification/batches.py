@@ -25,8 +25,9 @@ from .data import LabelledImages, augment, shuffled_batches, to_float
 if TYPE_CHECKING:
     from .train import TrainConfig
 
-AUGMENTATIONS = ("none", "pad", "crop", "trivial", "rand")
+SHIFTING = ("shift", "pad")  # on the device, all images of a batch at once
 CROPPING = ("crop", "trivial", "rand")  # torchvision's, image by image, from more pixels than asked
+AUGMENTATIONS = ("none", *SHIFTING, *CROPPING)
 MARGIN = 8 / 7  # stored over trained side, where crops are taken: 256 for 224
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, weights
@@ -97,9 +98,9 @@ class Batches:
         for step, (x, y, w) in enumerate(self._fetched(), self.start):
             x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
             images = to_float(x)
-            if self.config.augmentation == "pad":
+            if self.config.augmentation in SHIFTING:
                 draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
-                images = augment(images, draws, share=share)
+                images = augment(images, draws, self.config.augmentation == "pad", share=share)
             yield images, y, w
 
     def _indices(self) -> Iterator[tuple[int, Index]]:

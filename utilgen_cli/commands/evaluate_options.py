@@ -71,7 +71,7 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start timm model
 Augment = Annotated[
     str | None,
     typer.Option(
-        help="none, pad (shift by an eighth, mirror), or torchvision's crop, trivial, rand. "
+        help="none, shift (by an eighth), pad (and mirror), or torchvision's crop, trivial, rand. "
         "Default: the preset's, pad for quick and crop for the others.",
         show_default=False,
     ),
