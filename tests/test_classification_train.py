@@ -25,6 +25,7 @@ from utilgen_cli.classification.train import (
     learning_rate,
     predict,
     preset,
+    synchronise_batch_norm,
     train_classifier,
     weighted_loss,
 )
@@ -253,6 +254,16 @@ def test_a_shift_mirrors_nothing() -> None:
         x, _, _ = next(iter(Batches(data, TrainConfig(batch_size=24, augmentation=name), 0)))
         falls = (x[:, 0, 8, 4:12].diff() < 0).any(1)
         assert falls.any() == mirrors
+
+
+def test_synchronised_batch_norm_keeps_the_activations() -> None:
+    model = build_classifier("mobilenetv2_050", 3, 32).eval()
+    images = to_float(colour_images(2, size=32).images)
+    with torch.no_grad():
+        expected = model(images)
+        synchronise_batch_norm(model)
+        torch.testing.assert_close(model.eval()(images), expected)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
 
 
 def test_an_unknown_augmentation_is_refused() -> None:

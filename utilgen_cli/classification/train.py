@@ -123,11 +123,16 @@ def weighted_loss(
 def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as torch's DistributedDataParallel; on GPUs batch norm sees the whole batch."""
     if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # torch's loses timm's activations
-
-        convert_sync_batchnorm(model)  # in place: the model itself is none
+        synchronise_batch_norm(model)
         return nn.parallel.DistributedDataParallel(model, device_ids=[device])
     return nn.parallel.DistributedDataParallel(model)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Batch norm over all processes, in place; torch's own function loses timm's activations."""
+    from timm.layers import convert_sync_batchnorm
+
+    convert_sync_batchnorm(model)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
