@@ -110,8 +110,8 @@ def _compare(
     as_train = validation if protocol.validation_as_train else None
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
-    runs, probes = _plan(protocol, arms, real, validation, team)
     together = team.size if protocol.data_parallel else 1
+    runs, probes = _plan(protocol, arms, real, validation, together)
     trainer = Trainer(
         protocol.config, size, protocol.device, protocol.pretrained, validation, protocol.workers,
         team, together > 1,
@@ -155,13 +155,13 @@ def _plan(
     arms: list[Arm],
     real: LabelledImages,
     validation: LabelledImages | None,
-    team: Team,
+    together: int,
 ) -> tuple[list[Run], list[Run]]:
     """The runs of the table, and the probes: real-trained classifiers of the first architecture."""
     context = {"size": protocol.image_size, "pretrained": protocol.pretrained,
                "device": protocol.device.type}  # fmt: skip
-    if protocol.data_parallel and team.size > 1:
-        context["processes"] = team.size  # batch norm sees the parts
+    if together > 1:
+        context["processes"] = together  # batch norm sees the parts
     if validation is not None and protocol.config.validate_every:
         context["selected on"] = digest_images(validation)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.seeds)

@@ -84,7 +84,6 @@ class DenoisingObjective:
         self.model, self.shots = model, shots
         self.device, self.dtype, self.rows = model.device, model.dtype, len(shots.labels)
         self.token_ids = model.token_ids(shots.prompts)  # [P, L]
-        self.alpha_bar = model.scheduler.alphas_cumprod.to(self.device)
         self.parameters = {
             f"{part}.{name}": parameter
             for part in ("unet", "text_encoder")
@@ -93,7 +92,9 @@ class DenoisingObjective:
 
     def draw(self, rows: int, generator: torch.Generator) -> Draw:
         """Noise, timestep and flip of each shot."""
-        return draw_rows(rows, self.model.latent_shape, len(self.alpha_bar), generator)
+        return draw_rows(
+            rows, self.model.latent_shape, len(self.model.scheduler.alphas_cumprod), generator
+        )
 
     def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
         """The plain denoising loss of shots `rows`."""

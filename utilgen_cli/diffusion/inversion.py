@@ -84,11 +84,12 @@ class TokenObjective:
         self.ids = model.token_ids(prompts).reshape(len(self.captions), len(tokens), -1)
         self.theta = nn.Parameter(start.to(self.device, torch.float32).clone())
         self.parameters: Mapping[str, nn.Parameter] = {"theta": self.theta}
-        self.alpha_bar = model.scheduler.alphas_cumprod.to(self.device)
 
     def draw(self, rows: int, generator: torch.Generator) -> CaptionedDraw:
         """Noise, timestep, flip and caption of each shot; half of them have the model's caption."""
-        plain = draw_rows(rows, self.model.latent_shape, len(self.alpha_bar), generator)
+        plain = draw_rows(
+            rows, self.model.latent_shape, len(self.model.scheduler.alphas_cumprod), generator
+        )
         others = len(self.captions) - 1
         captions = (torch.randint(2 * others, (rows,), generator=generator) - others + 1).clamp(
             min=0

@@ -68,12 +68,13 @@ def _watch(descriptor: int) -> None:
     while True:
         wait = None if first is None else max(0.1, first + GRACE - time.monotonic())
         if select.select([descriptor], [], [], wait)[0]:
-            number = os.read(descriptor, 1)[0]
-            if number not in NUMBERS:  # torch listens for the end of its children
+            received = os.read(descriptor, 1)[0]
+            if received not in NUMBERS:  # torch listens for the end of its children
                 continue
+            number = received
             if first is None:
                 first = time.monotonic()
-            elif first is not None and time.monotonic() - first > BURST:
+            elif time.monotonic() - first > BURST:
                 leave(number, "left at once")
         elif not _saving:
             leave(number, "left in the middle of a long step")
