@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from utilgen_cli.classification import data as data_module
 from utilgen_cli.classification.data import (
     augment,
+    distort,
     load_images,
     shuffled_batches,
 )
@@ -88,13 +91,47 @@ def test_augmentation_moves_and_mirrors_and_follows_its_generator() -> None:
     assert len({d.numpy().tobytes() for d in plain}) == 9
 
 
-def test_processes_that_share_a_batch_draw_as_one_does() -> None:
+@pytest.mark.parametrize("change", [augment, distort])
+def test_processes_that_share_a_batch_draw_as_one_does(change: Callable[..., torch.Tensor]) -> None:
     images = torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    whole = augment(images, torch.Generator().manual_seed(0))
+    whole = change(images, torch.Generator().manual_seed(0))
     for rank in range(2):
         share = (rank, 2, 7)
-        part = augment(images[rank::2], torch.Generator().manual_seed(0), share=share)
+        part = change(images[rank::2], torch.Generator().manual_seed(0), share=share)
         assert torch.equal(part, whole[rank::2])
+
+
+def test_half_of_the_images_are_distorted_within_bounds() -> None:
+    """A black image with a grey square of 8 pixels in its middle."""
+    image = torch.zeros(3, 32, 32)
+    image[:, 12:20, 12:20] = 0.5
+    out = distort(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
+    moved = augment(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
+    plain = (out == moved).flatten(1).all(1)
+    assert 150 < plain.sum() < 250
+    turned = out[~plain]
+    gammas = torch.log2(torch.log(turned.flatten(1).amax(1)) / math.log(0.5))
+    assert -0.71 < gammas.min() < -0.6 and 0.6 < gammas.max() < 0.71
+    sides = (turned[:, 0] > 0.2).float().sum((1, 2)).sqrt() / 8
+    assert 0.6 < sides.min() < 0.8 and 1.1 < sides.max() < 1.3
+    ys = (turned[:, 0] * torch.arange(32.0)[:, None]).sum((1, 2)) / turned[:, 0].sum((1, 2)) - 15.5
+    assert 3 < ys.abs().max() < 6  # four pixels, seen through the scale
+    assert torch.equal(
+        out, distort(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
+    )
+
+
+def test_distortion_turns_and_mirrors() -> None:
+    """The brighter half of an image, on the right, lands on the left in half of the turned ones;
+    its edge is slanted by up to 30 degrees."""
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 16:] = 1
+    out = distort(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(1))[:, 0]
+    left = (out[..., :16].sum((1, 2)) > out[..., 16:].sum((1, 2))).float().mean()
+    assert 0.4 < left < 0.6
+    edge = (out[:, [4, 27]] > 0.5).float().sum(2)  # bright pixels in a high and in a low row
+    slant = torch.rad2deg(torch.atan((edge[:, 0] - edge[:, 1]).abs() / 23))
+    assert 25 < slant.max() < 33
 
 
 @given(n=st.integers(1, 20), size=st.integers(1, 30))

@@ -250,7 +250,7 @@ def test_a_shift_mirrors_nothing() -> None:
     """Of a ramp that rises to the right every shifted image rises, under pad some fall."""
     data = colour_images(8)
     data.images = torch.arange(0, 160, 10, dtype=torch.uint8).expand(24, 3, 16, 16)
-    for name, mirrors in (("shift", False), ("pad", True)):
+    for name, mirrors in (("shift", False), ("pad", True), ("none", False)):
         x, _, _ = next(iter(Batches(data, TrainConfig(batch_size=24, augmentation=name), 0)))
         falls = (x[:, 0, 8, 4:12].diff() < 0).any(1)
         assert falls.any() == mirrors

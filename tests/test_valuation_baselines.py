@@ -69,7 +69,7 @@ def test_a_joined_point_has_its_value_in_the_whole_set(seed):
 
 @pytest.fixture(scope="module")
 def value(tmp_path_factory):
-    config = ValueConfig(steps=30, batch_size=12, folds=2, snapshots=1, refresh=5, augment=False)
+    config = ValueConfig(steps=30, batch_size=12, folds=2, snapshots=1, refresh=5, augment="none")
     data = ValueData(colours(8, 1), colours(8, 2), colours(6, 3))
     return train_values(data, config, tmp_path_factory.mktemp("value"), seed=0)
 

@@ -26,7 +26,7 @@ METHODS = ("weight-net", "loss", "knn-shapley", "influence")
 @pytest.fixture(scope="module")
 def value(tmp_path_factory) -> ValueModel:
     directory: Path = tmp_path_factory.mktemp("value")
-    config = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment=False)
+    config = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment="none")
     data = ValueData(colours(8, 1), colours(12, 2), colours(4, 3))
     return train_values(data, config, directory, seed=0)
 

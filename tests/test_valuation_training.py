@@ -28,7 +28,7 @@ from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 
-CONFIG = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment=False)
+CONFIG = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment="none")
 DATA = ValueData(colours(8, 1), colours(12, 2), colours(4, 3))
 
 

@@ -4,10 +4,12 @@
 #   bash examples/study/ablation.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
 #
 # Class prompts (base), inversion (tokens), DataDream (lora), GAP, filtering alone (filter), then
-# UtilGen: three rounds of preference tuning (round-3), prompts inverted from the shots (inverted), with
+# UtilGen: a round of preference tuning (round-1), prompts inverted from the shots (inverted), with
 # an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
-# generator of the first round (full). Then volume and other architectures for base and full. What
-# model_level.sh and instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
+# generator of the first round, with noise (full); and as many further real images, in the place of
+# generated ones (further-real, not with DATA of your own): what the best generator could be worth. With
+# BEYOND=1 also volume and other architectures, for base and full. What model_level.sh and
+# instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
 # shellcheck source=examples/study/common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -15,7 +17,7 @@ arms() {
   learn_value
   filtered
   adapted_by_lora
-  dpo_rounds 3
+  dpo_rounds 1
   once inversion utilgen invert "$data/real" --seed "$seed" -q -o inversion "${smoke[@]}"
   draw tokens --tokens inversion
   optimise gap --noise none --objective loss --clip-weight 0
@@ -26,8 +28,13 @@ arms() {
   once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
     --steps 600 --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
   optimise full --adapter round-1-adapter --init round-1-prompts --iterations 5 --anchor-weight 1 \
-    --noise none --save-policy full-policy
-  compare ablation base tokens lora gap filter round-3 inverted prompt prompt-noise full
+    --noise single --save-policy full-policy
+  local bound=()
+  [ -n "${DATA:-}" ] || bound=(further-real)
+  [ -n "${DATA:-}" ] || once further-real python "$study/../tiny/make_shards.py" . --shots 0 --val 0 \
+    --test 0 --further "$per_class" --start $((500 + seed * per_class))
+  compare ablation base tokens lora gap filter round-1 inverted prompt prompt-noise full \
+    "${bound[@]}"
 }
 
 volumes_and_architectures() {

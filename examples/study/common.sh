@@ -27,7 +27,8 @@ model=${UTILGEN_MODEL:-tiny}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} UTILGEN_MODEL=$model
 [ -z "${JUDGE:-}" ] || JUDGE=$(realpath -m "$JUDGE")
 mkdir -p "${1:-study}" && cd "${1:-study}"
-setup="$data $model $per_class" # what all steps in a directory were made with
+: "${LORA_LR:=3e-3}" # found on development images; the command's default is the recipe's 1e-4
+setup="$data $model $per_class lora $LORA_LR" # what all steps in a directory were made with
 [ ! -e setup ] || [ "$(cat setup)" = "$setup" ] || {
   echo "$PWD was made with: $(cat setup); now: $setup. Name another directory." >&2
   exit 2
@@ -56,7 +57,7 @@ score() { # NAME VALUE: the same images with utility.json, under NAME-scored
 learn_value() { # the value model of this seed, learnt beside images that nobody adapted
   draw base
   once value utilgen value train --real "$data/real" --val "$data/val" --synthetic base \
-    --seed "$seed" -q -o value "${smoke[@]}"
+    --seed "$seed" "${valued[@]}" -q -o value "${smoke[@]}"
 }
 
 filtered() { # of twice as many images, the useful and diverse half, or all seen as their class
@@ -80,7 +81,8 @@ pass_agreed() {
 }
 
 adapted_by_lora() { # DataDream's recipe, on the real shots alone
-  once lora-adapter utilgen lora "$data/real" --seed "$seed" -q -o lora-adapter "${smoke[@]}"
+  once lora-adapter utilgen lora "$data/real" --lr "$LORA_LR" --seed "$seed" -q -o lora-adapter \
+    "${smoke[@]}"
   draw lora --adapter lora-adapter
 }
 
@@ -126,8 +128,8 @@ judge() { # trains, once, the classifier that reports label fidelity and does no
 }
 
 joint=(--real-share 0.8) # of a batch, in every joint arm
-flip=(--flip)
-[ -z "${NO_FLIP:-}" ] || flip=() joint+=(--augment shift)
+flip=(--flip) valued=()
+[ -z "${NO_FLIP:-}" ] || flip=() joint+=(--augment shift) valued=(--augment shift)
 compare() { # OUT SET...: accuracy of each set alone and joined with real, and its label fidelity
   local out=$1 sets=() name
   shift

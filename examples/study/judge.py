@@ -1,4 +1,5 @@
-"""The judge: a classifier trained on the images that the bundle was made from, unshifted.
+"""The judge: a classifier trained on the images that the bundle was made from, both as they are and
+shifted as the bundle saw them: one that knows no shift takes many right images for wrong ones.
 
 It reports label fidelity and nothing else: no stage of the loop may see it.
 `python judge.py train judge.safetensors [--pool SHARDS]` (else the 50,000 of Fashion-MNIST);
@@ -22,6 +23,7 @@ from utilgen_cli.shards.operands import open_source
 
 sys.path.append(str(Path(__file__).parents[1] / "tiny"))
 from fashion import CLASSES, load, split
+from pool import Shift, open_pool
 
 
 def pretraining_images(count: int | None = None) -> LabelledImages:
@@ -34,8 +36,20 @@ def pretraining_images(count: int | None = None) -> LabelledImages:
     return LabelledImages(rgb, labels[index], keys, list(CLASSES))
 
 
+def as_seen(pool: Path | None) -> LabelledImages:
+    """Every image of the pool (else Fashion-MNIST) twice: as it is, and shifted."""
+    found, generator = open_pool(pool), torch.Generator().manual_seed(0)
+    shifted = [
+        (255 * Shift.draw(len(part), generator).apply(part, found.beyond)).round().to(torch.uint8)
+        for part in found.images.split(1000)
+    ]
+    images = torch.cat([found.images, *shifted]).expand(-1, 3, -1, -1)
+    keys = [str(i) for i in range(len(images))]
+    return LabelledImages(images, found.labels.repeat(2), keys, list(found.classes))
+
+
 def train(path: Path, steps: int, pool: Path | None) -> None:
-    data = load_images(open_source([str(pool)]), 32) if pool else pretraining_images()
+    data = as_seen(pool)
     model = build_classifier("small-cnn", len(data.classes), 32)
     config = TrainConfig(steps=steps, batch_size=128)
     train_classifier(model, data, config, seed=0, progress=reporter(False))

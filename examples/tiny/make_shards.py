@@ -1,6 +1,7 @@
 """Write the task's shards: few-shot, validation and test, unshifted, 32 x 32 grey PNG.
 
-`--test 10000` gives the whole official test set; the repository ships 2,000 of it.
+`--test 10000` gives the whole official test set; the repository ships 2,000 of it. `--further N`
+gives N more training images a class, from --start on: what real images would be worth in a study.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--val", type=int, default=16, help="validation images a class")
     parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--further", type=int, default=0, help="further real images a class")
+    parser.add_argument("--start", type=int, default=500, help="the first of those, of 1,000")
     args = parser.parse_args()
     images, labels = load("train")
     _, task = split(labels)
@@ -57,9 +60,12 @@ def main() -> None:
     parts = {
         "real": (images, labels, per_class(task, labels, 0, args.shots)),
         "val": (images, labels, per_class(task, labels, 100, args.val)),
+        "further-real": (images, labels, per_class(task, labels, args.start, args.further)),
         "test": (test_images, test_labels, test),
     }
     for part, (x, y, index) in parts.items():
+        if not len(index):
+            continue
         (args.out / part).mkdir(parents=True, exist_ok=True)
         name = "test" if part == "test" else "train"
         count = write_shard(args.out / part / "00000.tar", samples(name, x, y, index))

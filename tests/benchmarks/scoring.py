@@ -45,7 +45,7 @@ def value_model(arch: str, side: int, directory: Path) -> ValueModel:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (12, 3, side, side), generator=generator).to(torch.uint8)
     real = LabelledImages(pixels, torch.arange(12) % 2, [str(i) for i in range(12)], ["0", "1"])
-    config = ValueConfig(arch=arch, steps=6, batch_size=4, snapshots=3, augment=False)
+    config = ValueConfig(arch=arch, steps=6, batch_size=4, snapshots=3, augment="none")
     return train_values(ValueData(real), config, directory)
 
 

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..runtime.errors import UsageError, UtilgenError
 from ..runtime.seeds import derive_seed
 from ..runtime.signals import NUMBERS
-from .data import LabelledImages, augment, shuffled_batches, to_float
+from .data import LabelledImages, augment, distort, shuffled_batches, to_float
 
 if TYPE_CHECKING:
     from .train import TrainConfig
 
-SHIFTING = ("shift", "pad")  # on the device, all images of a batch at once
+WHOLE_BATCH = ("none", "shift", "pad", "affine")  # on the device, all images of a batch at once
 CROPPING = ("crop", "trivial", "rand")  # torchvision's, image by image, from more pixels than asked
-AUGMENTATIONS = ("none", *SHIFTING, *CROPPING)
+AUGMENTATIONS = (*WHOLE_BATCH, *CROPPING)
 MARGIN = 8 / 7  # stored over trained side, where crops are taken: 256 for 224
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, weights
@@ -41,6 +41,19 @@ def stored_side(augmentation: str, size: int) -> int:
         advice = f"Use one of {', '.join(AUGMENTATIONS)}."
         raise UsageError(f"--augment {augmentation}", "unknown", advice)
     return round(MARGIN * size) if augmentation in CROPPING else size
+
+
+def augment_batch(
+    augmentation: str, images_bchw: Tensor, draws: torch.Generator,
+    share: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Images in [0, 1] as one of `WHOLE_BATCH` alters them (see `augment`, `distort`); as they are
+    where they come altered."""
+    if augmentation == "affine":
+        return distort(images_bchw, draws, share)
+    if augmentation in ("shift", "pad"):
+        return augment(images_bchw, draws, augmentation == "pad", share=share)
+    return images_bchw
 
 
 def make_transform(augmentation: str, size: int) -> Transform | None:
@@ -98,10 +111,8 @@ class Batches:
         for step, (x, y, w) in enumerate(self._fetched(), self.start):
             x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
             images = to_float(x)
-            if self.config.augmentation in SHIFTING:
-                draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
-                images = augment(images, draws, self.config.augmentation == "pad", share=share)
-            yield images, y, w
+            draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
+            yield augment_batch(self.config.augmentation, images, draws, share), y, w
 
     def _indices(self) -> Iterator[tuple[int, Index]]:
         size = self.config.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,30 @@ def augment(
     padded = F.pad(images_bchw, (pad,) * 4)
     image = torch.arange(b, device=padded.device)[:, None, None]
     return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def distort(
+    images_bchw: Tensor, generator: torch.Generator, share: tuple[int, int, int] | None = None
+) -> Tensor:
+    """Half of the images as by `augment`; the others turned by up to 30 degrees, scaled to .7 to
+    1.2, moved by up to an eighth of the side and of another gamma (up to .7 octaves), and mirrored.
+
+    A generator draws objects at angles, sizes and exposures that a few shots do not show. Images
+    are in [0, 1]; `generator` and `share` as in `augment`.
+    """
+    rank, processes, whole = share or (0, 1, len(images_bchw))
+    moved = augment(images_bchw, generator, share=share)
+    u = torch.rand(7, whole, generator=generator)[:, rank::processes]
+    angle, zoom = (u[0] - 0.5) * math.pi / 3, 1 / (0.7 + 0.5 * u[1])
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
+    dx, dy = (u[3:5] - 0.5) / 2  # of half a side
+    theta = torch.stack([mirror * cos, -sin, dx, mirror * sin, cos, dy], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images_bchw.shape), align_corners=False).to(images_bchw)
+    turned = F.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
+    gamma, plain = 2 ** (1.4 * u[5] - 0.7), u[6] < 0.5
+    gamma, plain = (t.to(images_bchw.device)[:, None, None, None] for t in (gamma, plain))
+    return torch.where(plain, moved, turned.clamp(0, 1) ** gamma)
 
 
 def shuffled_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

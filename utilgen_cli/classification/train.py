@@ -39,7 +39,7 @@ class TrainConfig:
     weight_decay: float = 5e-2
     warmup: float = 0.05  # share of the steps with a linearly rising rate; cosine to zero after it
     label_smoothing: float = 0.0
-    augmentation: str = "pad"  # "none", "shift" (by an eighth), "pad" (and mirror), or a `CROPPING`
+    augmentation: str = "pad"  # see batches.AUGMENTATIONS
     real_share: float = 0.5  # share of each batch that comes from `data` when there is a `mix`
     validate_every: int = 0  # steps between looks at the validation set; 0 keeps the last step
     precision: str = "fp32"

@@ -71,7 +71,8 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start timm model
 Augment = Annotated[
     str | None,
     typer.Option(
-        help="none, shift (by an eighth), pad (and mirror), or torchvision's crop, trivial, rand. "
+        help="none, shift (by an eighth), pad (and mirror), affine (and turn, scale, gamma), or "
+        "torchvision's crop, trivial, rand. "
         "Default: the preset's, pad for quick and crop for the others.",
         show_default=False,
     ),

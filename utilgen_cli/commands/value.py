@@ -61,6 +61,12 @@ def train(
     weight_lr: Annotated[
         float, typer.Option(min=1e-6, max=1e-3, help="Adam rate of the weight network.")
     ] = 1e-3,
+    augment: Annotated[
+        str,
+        typer.Option(
+            help="Of training images: none, shift, pad (and mirror) or affine (and turn)."
+        ),
+    ] = "pad",
     seed: Seed = 0,
     device: Device = None,
     smoke: Smoke = False,
@@ -87,7 +93,7 @@ def train(
 
     config = ValueConfig(
         arch=arch, pretrained=pretrained, steps=steps, folds=folds, snapshots=snapshots,
-        meta_gradient=meta_gradient, meta_every=meta_every, weight_lr=weight_lr,
+        meta_gradient=meta_gradient, meta_every=meta_every, weight_lr=weight_lr, augment=augment,
     )  # fmt: skip
     config = smoke_config(config) if smoke else config
     aside = quarantine_of(on_error)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..classification.data import augment, to_float
+from ..classification.batches import WHOLE_BATCH, augment_batch
+from ..classification.data import to_float
 from ..classification.models import Classifier, build_classifier, save_classifier
 from ..classification.train import TrainConfig, learning_rate, make_optimizer
 from ..runtime import signals
@@ -57,7 +58,12 @@ class ValueConfig:
     meta_gradient: str = "jvp"
     canaries: float = 0.05  # planted share
     refresh: int = 20  # steps between looks at the held-out losses
-    augment: bool = True
+    augment: str = "pad"  # see classification.batches.WHOLE_BATCH
+
+    def __post_init__(self) -> None:
+        if self.augment not in WHOLE_BATCH:
+            advice = f"Use one of {', '.join(WHOLE_BATCH)}."
+            raise UsageError(f"--augment {self.augment}", "unknown", advice)
 
     def facts(self) -> dict[str, Any]:
         """The configuration as JSON."""
@@ -159,8 +165,8 @@ class Trajectory:
 
     def _images(self, at: Tensor, draws: torch.Generator | None) -> Batch:
         x = to_float(self.pool.images[at])
-        if draws is not None and self.config.augment:
-            x = augment(x, draws)
+        if draws is not None:
+            x = augment_batch(self.config.augment, x, draws)
         x = x.to(self.device, memory_format=torch.channels_last)
         return x, self.pool.labels[at].to(self.device)
 

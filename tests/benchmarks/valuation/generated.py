@@ -1,8 +1,8 @@
 """Telling wrong-label from right-label images of the tiny generator, with 16 + 16 shots a class.
 
-What is right is said by a judge trained on the 50,000 pre-training images (examples/study/judge.py)
-and used for nothing else. A classifier trained on all 10,000 other training images shows how well
-anyone can agree with that judge.
+What is right is said by a judge trained on the 50,000 pre-training images, as they are and shifted as
+the generator saw them (examples/study/judge.py), and used for nothing else. A classifier trained on
+all 10,000 other training images shows how well anyone can agree with that judge.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ JUDGE = "UTILGEN_JUDGE"  # a judge.safetensors; made where there is none
 PER_CLASS = 80
 SIDES = {
     "utilgen, default": ValueConfig(),
+    "utilgen, --augment affine --steps 800": ValueConfig(augment="affine", steps=800),
     "utilgen, one classifier, in-sample": ValueConfig(folds=1, snapshots=1),
 }
 
@@ -125,4 +126,5 @@ def generated_table(stores: dict[str, Store], seeds: int) -> str:
 
 def everything(found: Drawn, data: LabelledImages, seed: int) -> Run:
     """What a classifier that no few-shot user has makes of it."""
-    return {"auroc": told_apart(found, minus_losses(retrained(data, seed, 800), found.images))}
+    model = retrained(data, seed, 800, augmentation="affine")
+    return {"auroc": told_apart(found, minus_losses(model, found.images))}

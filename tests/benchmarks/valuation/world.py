@@ -85,11 +85,14 @@ def value_data(world: World, pool: LabelledImages) -> ValueData:
 
 
 def retrained(
-    data: LabelledImages, seed: int, steps: int, mix: LabelledImages | None = None
-) -> torch.nn.Module:
+    data: LabelledImages, seed: int, steps: int, mix: LabelledImages | None = None,
+    augmentation: str = "pad",
+) -> torch.nn.Module:  # fmt: skip
     """A small CNN trained from scratch."""
     model = build_classifier("small-cnn", len(data.classes), data.images.shape[-1], seed=seed)
-    train_classifier(model, data, TrainConfig(steps=steps), seed=seed, mix=mix)
+    train_classifier(
+        model, data, TrainConfig(steps=steps, augmentation=augmentation), seed=seed, mix=mix
+    )
     return model
 
 
