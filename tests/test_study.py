@@ -71,3 +71,29 @@ def test_a_study_without_results_says_so(tmp_path: Path) -> None:
     done = run_table(tmp_path)
     assert done.returncode == 2
     assert "run the study first" in done.stderr
+
+
+def test_volumes_and_architectures_are_rows_of_their_own(tmp_path: Path) -> None:
+    """Compared with the baseline and the real images of their own architecture."""
+    for seed, shift in enumerate((0.0, 0.01)):
+        found = [
+            arm(name, kind, value + shift) | {"arch": arch, "name": label}
+            for arch, gain in (("cnn", 0.0), ("vit", 0.1))
+            for name, kind, label, value in (
+                (None, "real", "real", 0.7 + gain),
+                ("base", "alone", "base x1", 0.5 + gain),
+                ("base", "alone", "base x5", 0.6 + 2 * gain),
+                ("base", "joint", "real + base x5", 0.75 + 2 * gain),
+            )
+        ]
+        part = tmp_path / f"seed-{seed}" / "part"
+        part.mkdir(parents=True)
+        (part / "eval.json").write_text(json.dumps({"arms": found, "synthetic": {}}))
+    lines = run_table(tmp_path, "--baseline", "base x1").stdout.splitlines()[4:]
+    rows = {c[1].strip(): [x.strip() for x in c[2:-1]] for c in (line.split("|") for line in lines)}
+    assert list(rows) == [
+        f"{n}, {a}" for a in ("cnn", "vit") for n in ("real", "base x1", "base x5")
+    ]
+    assert rows["base x5, vit"][5:7] == ["80.5 ± 0.7", "95.5 ± 0.7"]
+    assert rows["base x5, vit"][-2:] == ["+20.0", "+15.0"]
+    assert rows["base x5, cnn"][-2:] == ["+10.0", "+5.0"]

@@ -37,16 +37,20 @@ arms() {
     "${bound[@]}"
 }
 
-volumes_and_architectures() {
+volumes() { # 1, 3, 5 and 10 generated images a real shot
+  local times=(--times 1 --times 3 --times 5 --times 10)
+  [ ${#smoke[@]} = 0 ] || times=(--times 0.25 --times 0.5)
   for name in base full; do
     options=() && [ "$name" = base ] || options=(--adapter round-1-adapter --policy full-policy)
     once "$name-x10" utilgen generate --per-class $((2 * per_class)) --seed "$seed" \
       --guidance-scale "$GUIDANCE" -q -o "$name-x10" "${options[@]}"
   done
   once volume utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
-    --synthetic base=base-x10 --synthetic full=full-x10 --times 0.5 --times 1.5 --times 2.5 \
-    --times 5 --test "$data/test" --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q \
+    --synthetic base=base-x10 --synthetic full=full-x10 "${times[@]}" --test "$data/test" --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q \
     "${smoke[@]}" > /dev/null
+}
+
+architectures() {
   once architectures utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
     --synthetic base=base --synthetic full=full --test "$data/test" --seeds 1 --seed "$seed" \
     --arch resnet18 --arch mobilenetv2_100 --size 32 "${joint[@]}" -o runs --report architectures \
@@ -56,4 +60,8 @@ volumes_and_architectures() {
 judge
 each_seed arms
 python "$study/table.py" . --part ablation --baseline base
-[ -z "${BEYOND:-}" ] || each_seed volumes_and_architectures
+[ -n "${BEYOND:-}" ] || exit 0
+each_seed volumes
+python "$study/table.py" . --part volume --baseline "base x5"
+each_seed architectures
+python "$study/table.py" . --part architectures --baseline base

@@ -1,8 +1,8 @@
 """One table over the seeds of a study: mean and standard deviation, and paired differences.
 
 `python table.py DIR --part model-level --baseline base` reads DIR/seed-*/model-level/eval.json and
-fidelity.jsonl beside it. Differences from the baseline arm are paired by seed: mean, 95 % interval
-and p by Student's t.
+fidelity.jsonl beside it, if it is there. Differences from the baseline (of the architecture) are
+paired by seed: mean, 95 % interval and p by Student's t.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ COLUMNS = {
 
 
 def read_seed(directory: Path) -> dict[str, Row]:
-    """Every arm of a seed; `real` has an accuracy alone."""
+    """Every arm of a seed, of every volume and architecture; `real` has an accuracy with real."""
     found = json.loads((directory / "eval.json").read_text())
     rows: dict[str, Row] = {}
-    for arm in found["arms"]:
-        name = arm["synthetic"] or "real"
+    several = len({arm.get("arch") for arm in found["arms"]}) > 1
+    for arm in found["arms"]:  # a set at several volumes is several rows
+        name = arm["name"].removeprefix("real + ") + (f", {arm['arch']}" if several else "")
         column = "alone" if arm["kind"] == "alone" else "joint"
         rows.setdefault(name, {})[column] = 100 * arm["accuracy"]["mean"]
     for name, facts in found["synthetic"].items():
-        rows[name] |= describe(facts) | cost(facts, directory.parent / f"{name}.json")
-    for line in (directory / "fidelity.jsonl").read_text().splitlines():
+        if name in rows:
+            rows[name] |= describe(facts) | cost(facts, directory.parent / f"{name}.json")
+    fidelity = directory / "fidelity.jsonl"
+    for line in fidelity.read_text().splitlines() if fidelity.exists() else []:
         judged = json.loads(line)
         rows[judged["shards"]]["fidelity"] = 100 * judged["fidelity"]
     return rows
@@ -100,9 +103,11 @@ def table(seeds: Sequence[dict[str, Row]], baseline: str) -> Iterable[str]:
     for arm in seeds[0]:
         cells = [arm, *(cell(values(arm, column)) for column in COLUMNS)]
         alone, joint = values(arm, "alone"), values(arm, "joint")
-        told = bool(alone) and arm != baseline
-        cells.append(difference(alone, values(baseline, "alone")) if told else "")
-        cells.append(difference(joint, values("real", "joint")) if arm != "real" else "")
+        _, comma, arch = arm.partition(", ")
+        base, real = (name + comma + arch for name in (baseline, "real"))
+        told = bool(alone) and arm != base
+        cells.append(difference(alone, values(base, "alone")) if told else "")
+        cells.append(difference(joint, values(real, "joint")) if joint and arm != real else "")
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -112,7 +117,7 @@ def main() -> None:
     parser.add_argument("--part", required=True, help="directory of the results inside a seed's")
     parser.add_argument("--baseline", default="base", help="arm that the others are compared with")
     args = parser.parse_args()
-    found = sorted(args.study.glob(f"seed-*/{args.part}/fidelity.jsonl"))
+    found = sorted(args.study.glob(f"seed-*/{args.part}/eval.json"))
     if not found:
         parser.error(f"no finished seed of {args.part} in {args.study}: run the study first")
     seeds = [read_seed(path.parent) for path in found]
