@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -33,7 +30,7 @@ from utilgen_cli.shards.parquet import write_pickapic
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
-from .harness import record
+from .harness import record, run
 
 RANK, HEADS = 16, (5, 10, 20, 20)
 
@@ -51,18 +48,6 @@ class Side:
 
     def per_step(self, runs: list[tuple[float, float]], steps: int) -> float:
         return median((long - short) / steps for short, long in runs)
-
-
-def run(command: list[str], log: Path) -> tuple[float, float, float]:
-    """(processor seconds, clock seconds, peak MiB) of a process that must succeed."""
-    start = time.monotonic()
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{command} failed:\n{log.read_text()[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024
 
 
 def make_model(path: Path, size: int, divide: int) -> None:

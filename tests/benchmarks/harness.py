@@ -6,6 +6,8 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -93,6 +95,18 @@ class Peak:
     def _watch(self) -> None:
         while not self.stop.wait(0.01):
             self.highest = max(self.highest, self._resident())
+
+
+def run(command: list[str], log: Path) -> tuple[float, float, float]:
+    """(processor seconds, clock seconds, peak MiB) of a process that must succeed."""
+    start = time.monotonic()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command} failed:\n{log.read_text()[-3000:]}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024
 
 
 def machine() -> str:

@@ -23,8 +23,8 @@ from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
-from .dpo_peer import make_model, run
-from .harness import record
+from .dpo_peer import make_model
+from .harness import record, run
 
 CLASSES = ["a", "b"]
 CLIP = Path(utilgen_cli.__file__).parent / "tiny" / "open_clip"  # the guard's; a small one
