@@ -15,8 +15,9 @@ from utilgen_cli.shards.operands import open_source
 
 from .conftest import DATA, ROOT
 
-sys.path.append(str(ROOT / "examples" / "tiny"))
+sys.path += [str(ROOT / "examples" / name) for name in ("tiny", "study")]
 import fashion
+import judge
 import pool
 
 needs_images = pytest.mark.skipif(
@@ -68,6 +69,29 @@ def test_a_bundle_is_made_of_any_shards(tmp_path: Path) -> None:
     run(*utilgen, "generate", "-m", out, "--per-class", "1", "--steps", "1", "-o", drawn)
     found = [s.facts["class_name"] for s in open_source([str(drawn)]).samples()]
     assert found == sorted(path.name for path in (images / "pool").iterdir())
+
+
+def test_the_judge_learns_every_image_as_it_is_and_shifted() -> None:
+    """Of shards of any size; the labels and the order are those of the pool."""
+    shown = pool.open_pool(DATA / "val")
+    found = judge.as_seen(DATA / "val")
+    n = len(shown.images)
+    assert found.images.shape == (2 * n, 3, 32, 32) and found.classes == list(shown.classes)
+    assert torch.equal(found.images[:n], shown.images.expand(-1, 3, -1, -1))
+    assert torch.equal(found.labels, shown.labels.repeat(2))
+    moved = (found.images[n:].float() - found.images[:n].float()).abs().mean((1, 2, 3))
+    assert (moved > 2).all() and moved.mean() < 80  # of 255: others, and no noise
+
+
+@needs_images
+def test_further_real_images_are_no_shots_and_none_of_the_others(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "tiny" / "make_shards.py"
+    options = ["--shots", "0", "--val", "0", "--test", "0", "--further", "3", "--start", "500"]
+    subprocess.run([sys.executable, script, tmp_path, *options], check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["further-real"]
+    keys = {s.key for s in open_source([str(tmp_path / "further-real")]).samples()}
+    known = {s.key for p in ("real", "val") for s in open_source([str(DATA / p)]).samples()}
+    assert len(keys) == 30 and not keys & known
 
 
 @needs_images
