@@ -37,17 +37,19 @@ arms() {
     "${bound[@]}"
 }
 
-volumes() { # 1, 3, 5 and 10 generated images a real shot
-  local times=(--times 1 --times 3 --times 5 --times 10)
-  [ ${#smoke[@]} = 0 ] || times=(--times 0.25 --times 0.5)
+counts=(1 3 5 10) # generated images a real shot
+[ ${#smoke[@]} = 0 ] || counts=(0.25 0.5)
+volumes() {
+  local times=() k
+  for k in "${counts[@]}"; do times+=(--times "$k"); done
   for name in base full; do
     options=() && [ "$name" = base ] || options=(--adapter round-1-adapter --policy full-policy)
     once "$name-x10" utilgen generate --per-class $((2 * per_class)) --seed "$seed" \
       --guidance-scale "$GUIDANCE" -q -o "$name-x10" "${options[@]}"
   done
   once volume utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
-    --synthetic base=base-x10 --synthetic full=full-x10 "${times[@]}" --test "$data/test" --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q \
-    "${smoke[@]}" > /dev/null
+    --synthetic base=base-x10 --synthetic full=full-x10 "${times[@]}" --test "$data/test" \
+    --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q "${smoke[@]}" > /dev/null
 }
 
 architectures() {
@@ -62,6 +64,6 @@ each_seed arms
 python "$study/table.py" . --part ablation --baseline base
 [ -n "${BEYOND:-}" ] || exit 0
 each_seed volumes
-python "$study/table.py" . --part volume --baseline "base x5"
+python "$study/table.py" . --part volume --baseline "base x${counts[0]}"
 each_seed architectures
 python "$study/table.py" . --part architectures --baseline base
