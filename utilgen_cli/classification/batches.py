@@ -132,11 +132,15 @@ class Batches:
         if not self.workers:
             yield from map(self.fetch.__getitem__, self._indices())
             return
-        yield from DataLoader(
+        loader = DataLoader(
             self.fetch, batch_size=None, sampler=self._indices(), num_workers=self.workers,
             worker_init_fn=_unattended, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # torch's own is the model's
         )  # fmt: skip
+        try:
+            yield from loader
+        except (EOFError, OSError) as error:  # a dead worker hands over no memory
+            raise RuntimeError(f"DataLoader worker is gone: {error!r}") from error
 
 
 @contextmanager
