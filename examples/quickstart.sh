@@ -20,30 +20,31 @@ stage() { # run a utilgen command and note its seconds
   echo "$((SECONDS - start)) s: utilgen $1 $([ "$1" = value ] && echo "$2")" >> costs.txt
 }
 
-# What the generator knows of the classes, fitted to the 16 images: one token a class.
-stage invert "$data/real" -o tokens "${smoke[@]}"
-
-# Before the loop: images of the inverted classes.
-stage generate --tokens tokens --per-class "$per_class" --seed 0 -o before
+# Before the loop: images of the class prompts.
+stage generate --per-class "$per_class" --seed 0 --guidance-scale 1 -o before
 
 # How useful is a sample to the classifier? Learnt on the validation images, canary included.
 stage value train --real "$data/real" --synthetic before --val "$data/val" -o value "${smoke[@]}"
 stage value score before -o before-scored
 
 # Model level: prefer useful images to useless ones of the same class, and tune the generator so.
-utilgen pairs before-scored | stage dpo --tokens tokens -o dpo "${smoke[@]}"
+utilgen pairs before-scored | stage dpo -o dpo "${smoke[@]}"
 
-# Instance level: prompts and starting noise that raise the utility of what is drawn, near the real
-# images in CLIP's eyes, and unlike one another.
-stage ilpo --tokens tokens --adapter dpo --per-class "$per_class" --seed 0 --guidance-scale 1.5 \
-  --real "$data/real" --clip-image-weight 2 --clip-weight 0 --diversity 2 \
-  -o after --save-policy policy "${smoke[@]}"
+# What it takes to draw the 16 images: four prompts a class, learnt by denoising them.
+stage invert "$data/real" --adapter dpo --population 4 --steps 600 --lr 0.05 --batch-size 64 --flip \
+  -o prompts "${smoke[@]}"
+
+# Instance level: from these prompts a short climb for utility, held to the 16 images, and starting
+# noise that suits the prompts.
+stage ilpo --adapter dpo --init prompts --iterations 5 --anchor-weight 1 --real "$data/real" \
+  --noise single --per-class "$per_class" --seed 0 --guidance-scale 1 -o after --save-policy policy \
+  "${smoke[@]}"
 stage value score after -o after-scored
 
 # What it did for the classifier, on test images that nothing above has seen. The loop has used the
 # validation images, so every arm with real images gets them as well.
 stage eval --real "$data/real" --synthetic before=before-scored --synthetic after=after-scored \
-  --val "$data/val" --val-as-train --test "$data/test" --seeds "$seeds" --baseline real \
+  --real-share 0.8 --val "$data/val" --val-as-train --test "$data/test" --seeds "$seeds" --baseline real \
   -o eval --value value --report report.html "${smoke[@]}"
 
 cat last-output

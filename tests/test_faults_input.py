@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +17,10 @@ from utilgen_cli.commands.streams import run_source
 from utilgen_cli.runtime.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from utilgen_cli.runtime.errors import BadInput, UtilgenError
 from utilgen_cli.shards.check import check_shards
-from utilgen_cli.shards.images import decode_rgb
+from utilgen_cli.shards.images import decode_many, decode_rgb
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.quarantine import Quarantine
-from utilgen_cli.shards.sample import Sample
+from utilgen_cli.shards.sample import BadSample, Sample
 from utilgen_cli.shards.writer import write_shard, write_tar
 
 from .conftest import Run, make_sample, tar_bytes
@@ -44,6 +46,18 @@ def test_odd_images_are_converted_or_left_out_for_a_reason() -> None:
         assert passed == ([sample] if reason is None else []), name
         if reason is None:
             assert decode_rgb(sample, 8).shape == (8, 8, 3)
+
+
+def test_threads_decode_to_the_same_and_the_first_bad_image_is_told() -> None:
+    good = [Sample(n, {k: d}) for n, (k, d, reason) in odd_images().items() if reason is None]
+    bad = [Sample(n, {k: d}) for n, (k, d, reason) in odd_images().items() if reason]
+    filters = list(warnings.filters)
+    together = decode_many(8 * good, 8, threads=3)
+    assert all(map(np.array_equal, together, (decode_rgb(s, 8) for s in 8 * good)))
+    for threads in (1, 3):
+        with pytest.raises(BadSample, match=bad[0].key):
+            decode_many([*good, *bad], 8, threads)
+    assert warnings.filters == filters
 
 
 def test_sixteen_bits_keep_their_brightness_and_cmyk_its_colour() -> None:

@@ -18,7 +18,7 @@ from utilgen_cli.classification.batches import Batches
 from utilgen_cli.classification.data import load_images
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.classification.train import make_optimizer, preset, weighted_loss
-from utilgen_cli.shards.images import decode_rgb, square
+from utilgen_cli.shards.images import decode_many, square
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
@@ -71,7 +71,8 @@ def main(batch_size: int = 8) -> None:
     timings = interleaved(
         {
             "decode, whole": lambda: [whole_decode(s) for s in samples],
-            "decode once, draft mode": lambda: [decode_rgb(s, SIZE) for s in samples],
+            "decode once, draft mode": lambda: decode_many(samples, SIZE),
+            "the same, 2 threads": lambda: decode_many(samples, SIZE, 2),
             "batch from the cache": lambda: [next(batches) for _ in range(rounds)],
             "training step": lambda: [step() for _ in range(rounds)],
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..shards.operands import Source
     from ..shards.sample import Sample
 
+AT_ONCE = 64  # images that are decoded together
 IN_MEMORY = 1 << 30  # bytes of pixels; beyond it they live in an unlinked temporary file
 
 
@@ -67,17 +69,20 @@ def load_images(
     Without `classes` the names come from the samples' `json` (the label as text where it is
     silent). With them a label or a name that disagrees raises BadInput; no samples at all, NoInput.
     """
-    from ..shards.images import decode_rgb
+    from ..shards.images import decode_many
 
     pixels, labels, keys = _Pixels(size), [], []
     names: dict[int, str] = dict(enumerate(classes or []))
+    samples = iter(source.samples())
     with progress("read", None) as task:
-        for sample in source.samples():
-            _check_label(sample, names, fixed=classes is not None)
-            pixels.append(decode_rgb(sample, size))
-            labels.append(sample.label)
-            keys.append(sample.key)
-            task.advance()
+        while some := list(itertools.islice(samples, AT_ONCE)):
+            for sample in some:
+                _check_label(sample, names, fixed=classes is not None)
+                labels.append(sample.label)
+                keys.append(sample.key)
+            for rgb in decode_many(some, size, torch.get_num_threads()):
+                pixels.append(rgb)
+            task.advance(len(some))
     if not labels:
         raise NoInput("shards", "no samples in them", "Name shards made by utilgen pack.")
     return LabelledImages(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -13,6 +16,7 @@ from .sample import IMAGE_TYPES, BadSample, Sample
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 16
+MAX_THREADS = 8  # each may hold a picture of MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of PIL's is ever asked
 STILL = ("MPO",)  # a photograph with a second picture behind it, as some cameras make them
 
@@ -26,21 +30,44 @@ def decode_rgb(sample: Sample, size: int | None = None) -> np.ndarray:
     return decode_member(sample, *sample.image, size)
 
 
+def decode_many(samples: Sequence[Sample], size: int, threads: int = 1) -> list[np.ndarray]:
+    """`decode_rgb` of each, in order, by up to `threads` (and MAX_THREADS) threads: Pillow decodes
+    and scales outside the interpreter's lock. The first bad sample raises."""
+
+    def decode(sample: Sample) -> np.ndarray:
+        kind, data = sample.image
+        return _decode(sample, kind, data, size)
+
+    with _quietly(), ThreadPoolExecutor(min(threads, MAX_THREADS)) as pool:
+        return list(pool.map(decode, samples) if threads > 1 else map(decode, samples))
+
+
 def decode_member(sample: Sample, kind: str, data: bytes, size: int | None = None) -> np.ndarray:
     """`decode_rgb` of one image member, whose bytes are `data`."""
+    with _quietly():
+        return _decode(sample, kind, data, size)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pillow's warnings; for the main thread, since filters are the whole process's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(sample: Sample, kind: str, data: bytes, size: int | None) -> np.ndarray:
     if not data:
         raise sample.bad(f"its {kind} is empty", "empty image")
     if data.startswith(PNG) and (why := png_damage(data)):
         reason = "truncated image" if why == CUT else "corrupt image"
         raise sample.bad(f"its {kind} is damaged: {why}", reason)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_shape(sample, kind, image)
-            if size is not None:
-                image.draft("RGB", (2 * size, 2 * size))
-            rgb = to_rgb(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_shape(sample, kind, image)
+        if size is not None:
+            image.draft("RGB", (2 * size, 2 * size))
+        rgb = to_rgb(image)
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError:

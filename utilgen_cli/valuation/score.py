@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime.progress import Progress, silent
-from ..shards.images import decode_rgb
+from ..shards.images import decode_many
 from ..shards.sample import Sample, encode_json
 from ..shards.scores import pack_features
 from .baselines import check_method, values_of
@@ -107,8 +108,9 @@ class Scorer:
     def _judge(self, batch: list[Sample]) -> tuple[Judgement, Tensor]:
         for sample in batch:
             check_class(sample, self.value.classes)
-        arrays = [torch.from_numpy(decode_rgb(s, self.value.size).copy()) for s in batch]
-        images = torch.stack(arrays).permute(0, 3, 1, 2)  # channels last, as convolutions like it
+        arrays = decode_many(batch, self.value.size, torch.get_num_threads())
+        # channels last, as convolutions like it
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         labels = torch.tensor([s.label for s in batch])
         return self.value.judge_pixels(images, labels, self.batch_size, self.passes), labels
 

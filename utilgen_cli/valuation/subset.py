@@ -6,12 +6,13 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..classification.data import LabelledImages
 from ..runtime.seeds import derive_seed
-from ..shards.images import decode_rgb
+from ..shards.images import decode_many
 from ..shards.sample import Sample
 from .score import UTILITY, Scorer
 from .select import CANDIDATES, Best, pick_diverse, shares
@@ -62,7 +63,7 @@ class Aside:
     def images(self) -> LabelledImages:
         """What was kept, in the order of the keys."""
         kept = [sample for *_, sample in sorted(self.heap, key=lambda entry: entry[1])]
-        arrays = [torch.from_numpy(decode_rgb(s, self.size).copy()) for s in kept]
-        images = torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
+        arrays = decode_many(kept, self.size, torch.get_num_threads())
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([s.label for s in kept])
         return LabelledImages(images, labels, [s.key for s in kept], self.classes)
