@@ -8,7 +8,8 @@
 # an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
 # generator of the first round, with noise (full); and as many further real images, in the place of
 # generated ones (further-real, not with DATA of your own): what the best generator could be worth. With
-# BEYOND=1 also volume and other architectures, for base and full. What model_level.sh and
+# BEYOND=1 also volume and other architectures, for base and full, and (not with DATA of your own)
+# 1 to 8 labelled images a class, for base, lora and prompt. What model_level.sh and
 # instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
 # shellcheck source=examples/study/common.sh
 source "$(dirname "$0")/common.sh"
@@ -59,6 +60,26 @@ architectures() {
     -q "${smoke[@]}" > /dev/null
 }
 
+few_shots=(1 2 4 8)
+[ ${#smoke[@]} = 0 ] || few_shots=(2)
+few() { # fewer labelled images a class, and as few to validate on, for base, lora and prompt
+  local k
+  for k in "${few_shots[@]}"; do
+    mkdir -p "shots-$k"
+    (cd "shots-$k" && with_few "$k")
+  done
+}
+with_few() { # SHOTS
+  data=$PWD population=$(($1 < population ? $1 : population))
+  once data python "$study/../tiny/make_shards.py" . --shots "$1" --val "$1"
+  once base cp -r ../base .
+  learn_value
+  adapted_by_lora
+  inverted
+  optimise prompt --init prompts --iterations 5 --anchor-weight 1 --noise none
+  compare few base lora prompt
+}
+
 judge
 each_seed arms
 python "$study/table.py" . --part ablation --baseline base
@@ -67,3 +88,9 @@ each_seed volumes
 python "$study/table.py" . --part volume --baseline "base x${counts[0]}"
 each_seed architectures
 python "$study/table.py" . --part architectures --baseline base
+[ -z "${DATA:-}" ] || exit 0
+each_seed few
+for k in "${few_shots[@]}"; do
+  echo "$k labelled images a class:"
+  python "$study/table.py" . --part "shots-$k/few" --baseline base
+done

@@ -104,8 +104,9 @@ dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins 
 }
 dpo_options=(--beta 500 --steps 100) # the default beta keeps the generator nearer to where it was
 
+population=4
 inverted() { # prompts that denoise the real shots, four a class (`prompts`), and images of them
-  once prompts utilgen invert "$data/real" --population 4 --steps 600 --lr 0.05 --batch-size 64 \
+  once prompts utilgen invert "$data/real" --population "$population" --steps 600 --lr 0.05 --batch-size 64 \
     "${flip[@]}" --seed "$seed" -q -o prompts "${smoke[@]}"
   draw inverted --policy prompts
 }

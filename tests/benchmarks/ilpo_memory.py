@@ -58,21 +58,18 @@ def main(arguments: Sequence[str] = ()) -> None:
         where = ["-m", str(work / "model"), "-q", "--per-class", "1", "--steps", "2"]
         run([*utilgen, "value", "train", "--real", str(work / "real"), "--arch", "resnet50",
              "--size", "64", "--smoke", "-q", "-o", str(work / "value")], work / "value.log")  # fmt: skip
-        imports = "import utilgen_cli.diffusion.instance, timm, peft"
-        rows = {"imports": run([sys.executable, "-c", imports], work / "imports.log")}
-        rows["ilpo"] = run(
+        used, _, peak = run(
             [*utilgen, "ilpo", *where, "--value", str(work / "value"), "--clip-weight", "0", "--clip", str(CLIP),
              "--population", "1", "--iterations", "1", "--search-steps", str(args.search_steps),
              "--checkpointing", "--chunk", "1", "--noise", "single", "-o", str(work / "out")],
             work / "ilpo.log",
         )  # fmt: skip
-    lines = ["| process | peak, MiB | processor seconds |", "|---|---|---|"]
-    lines += [f"| {name} | {peak:,.0f} | {used:.0f} |" for name, (used, _, peak) in rows.items()]
-    lines += ["", f"{args.search_steps} sampling steps while optimising, guidance as the model's "
-              "default; the graph of one image at a time is held."]  # fmt: skip
-    record(
-        f"ilpo at SD 2.1's size, widths divided by {args.divide}, {args.size} px", "\n".join(lines)
+    line = (
+        f"{peak:,.0f} MiB at its highest, imports and weights included; {used:.0f} processor seconds. "
+        f"{args.search_steps} sampling steps while optimising, guidance as the model's default; "
+        "the graph of one image at a time is held."
     )
+    record(f"ilpo at SD 2.1's size, widths divided by {args.divide}, {args.size} px", line)
 
 
 if __name__ == "__main__":

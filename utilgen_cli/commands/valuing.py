@@ -173,7 +173,8 @@ def value_of_set(scorer: Scorer, aside: Any, request: ScoreRequest) -> dict[str,
     found = lookahead(scorer.value, real, aside.images(), val, progress=scorer.progress)
     return {
         "gain": round(found.gain, 5), "standard_error": round(found.standard_error, 5),
-        "loss_without": round(found.without, 5), "loss_with": round(found.with_set, 5),
+        "accuracy_gain": round(found.accuracy_gain, 5),
+        "loss_without": round(found.without.loss, 5), "loss_with": round(found.with_set.loss, 5),
         "samples": len(aside.heap),
     }  # fmt: skip
 

@@ -1,7 +1,9 @@
-"""What a *set* is worth: the drop in validation loss after a short fine-tune with it.
+"""What a *set* is worth: the drop in validation loss when a classifier is trained with it.
 
 A function of single losses cannot see redundancy: a hundred copies of one good image look like a
-hundred good images. Fine-tuning the current classifier on real + set sees it.
+hundred good images. Training on real + set sees it. The classifiers start anew: a short fine-tune
+of the value model's own, which have converged on the real images, ranked sets worse (Spearman .64
+and .63 against .82 and .90 on two draws of 25 pools, at the same cost).
 """
 
 from __future__ import annotations
@@ -11,49 +13,43 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..classification.data import LabelledImages
-from ..classification.models import Classifier
+from ..classification.models import Classifier, build_classifier
 from ..classification.train import TrainConfig, predict, train_classifier
 from ..runtime.progress import Progress, silent
+from ..runtime.seeds import derive_seed
 from .value_model import ValueModel
+
+STEPS, REPEATS = 100, 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a trained classifier on the validation images: loss, and share of right predictions."""
+
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class Lookahead:
-    """Validation losses after fine-tuning on real images alone and with the set."""
+    """Means over the classifiers trained on real images alone and with the set."""
 
-    without: float
-    with_set: float
+    without: Outcome
+    with_set: Outcome
     standard_error: float  # of the gain, over classifiers
 
     @property
     def gain(self) -> float:
         """Drop in validation loss that the set brings; positive is good."""
-        return self.without - self.with_set
+        return self.without.loss - self.with_set.loss
 
-
-def trainable_copy(model: Classifier) -> Classifier:
-    """A copy that takes gradients, but for a tower that was frozen when the model was trained."""
-    copied = copy.deepcopy(model)
-    frozen = model.frozen
-    for name, p in copied.named_parameters():
-        p.requires_grad_(not frozen or name.startswith("head.") or "lora_" in name)
-    return copied
-
-
-def fine_tuned_loss(
-    model: Classifier, real: LabelledImages, extra: LabelledImages | None,
-    validation: LabelledImages, *, steps: int, lr: float, seed: int,
-) -> float:  # fmt: skip
-    """Validation loss of a copy of `model` after `steps` steps on real (and extra) images."""
-    config = TrainConfig(steps=steps, lr=lr, warmup=0.0)
-    tuned = trainable_copy(model).train()
-    train_classifier(tuned, real, config, seed=seed, mix=real if extra is None else extra)
-    logits = predict(tuned, validation.images)
-    return float(nn.functional.cross_entropy(logits, validation.labels))
+    @property
+    def accuracy_gain(self) -> float:
+        """What it adds to the share of right predictions."""
+        return self.with_set.accuracy - self.without.accuracy
 
 
 def lookahead(
@@ -62,19 +58,20 @@ def lookahead(
     candidates: LabelledImages,
     validation: LabelledImages,
     *,
-    steps: int = 60,
-    lr: float = 5e-4,
+    steps: int = STEPS,
+    repeats: int = REPEATS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Lookahead:
-    """Value a set by every classifier of `value`, each on real images held out from it.
+    """Value a set by `repeats` pairs of classifiers of the value model's architecture.
 
-    One half of every batch is the same real images in both runs of a classifier, so that noise
-    cancels in the gain; the other half is the set, or more real images.
+    The two of a pair start alike and see the same real images in one half of every batch, so that
+    noise cancels in the gain; the other half is the set, or more real images.
     """
     return lookaheads(
-        value, real, [candidates], validation, steps=steps, lr=lr, seed=seed, progress=progress
-    )[0]
+        value, real, [candidates], validation, steps=steps, repeats=repeats, seed=seed,
+        progress=progress,
+    )[0]  # fmt: skip
 
 
 def lookaheads(
@@ -83,41 +80,54 @@ def lookaheads(
     sets: Sequence[LabelledImages],
     validation: LabelledImages,
     *,
-    steps: int = 60,
-    lr: float = 5e-4,
+    steps: int = STEPS,
+    repeats: int = REPEATS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Lookahead]:
-    """Value several sets: the runs on real images alone are made once and serve them all."""
-    extras: list[LabelledImages | None] = [None, *sets]
-    losses = []  # of every classifier: first without a set, then with each
-    with progress("lookahead", len(value.classifiers) * len(extras)) as task:
-        for k, classifier in enumerate(value.classifiers):
-            train, held = held_out(value, k, real, validation)
-            row = []
-            for extra in extras:
-                row.append(
-                    fine_tuned_loss(classifier, train, extra, held, steps=steps, lr=lr, seed=seed)
-                )
-                task.advance(gain=row[0] - row[-1])
-            losses.append(row)
-    return [_summary([(row[0], row[1 + i]) for row in losses]) for i in range(len(sets))]
+    """Value several sets: the classifiers of real images alone are trained once and serve all."""
+    mixes = [real, *sets]
+    rows = []  # of every repeat: first without a set, then with each
+    with progress("lookahead", repeats * len(mixes)) as task:
+        for number in range(repeats):
+            own = derive_seed("lookahead", seed, number)
+            start, config = _start(value, own, steps)
+            row: list[Outcome] = []
+            for mix in mixes:
+                model = copy.deepcopy(start)
+                train_classifier(model, real, config, seed=own, mix=mix)
+                row.append(_tested(model, validation))
+                task.advance(gain=row[0].loss - row[-1].loss)
+            rows.append(row)
+    return [_summary([(row[0], row[1 + i]) for row in rows]) for i in range(len(sets))]
 
 
-def _summary(pairs: list[tuple[float, float]]) -> Lookahead:
-    gains = [before - after for before, after in pairs]
+def _start(value: ValueModel, seed: int, steps: int) -> tuple[Classifier, TrainConfig]:
+    """A classifier as `value train` begins with, and how it is trained."""
+    trained, settings = value.classifiers[0], value.facts["config"]
+    model = build_classifier(
+        trained.arch, len(value.classes), value.size, settings["pretrained"], seed=seed
+    )
+    config = TrainConfig(
+        steps=steps, batch_size=settings["batch_size"], lr=settings["lr"],
+        augmentation=settings["augment"],
+    )  # fmt: skip
+    return model.to(value.device), config
+
+
+def _tested(model: Classifier, data: LabelledImages) -> Outcome:
+    logits = predict(model, data.images)
+    loss = float(nn.functional.cross_entropy(logits, data.labels))
+    return Outcome(loss, float((logits.argmax(1) == data.labels).float().mean()))
+
+
+def _summary(pairs: list[tuple[Outcome, Outcome]]) -> Lookahead:
+    gains = [before.loss - after.loss for before, after in pairs]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    without, with_set = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+    without, with_set = (_mean(side) for side in zip(*pairs, strict=True))
     return Lookahead(without, with_set, error)
 
 
-def held_out(
-    value: ValueModel, fold: int, real: LabelledImages, validation: LabelledImages
-) -> tuple[LabelledImages, LabelledImages]:
-    """(training, validation) images for classifier `fold`: it is never judged on what it knows."""
-    seen = [value.held_out_folds(data.images) for data in (real, validation)]
-    if value.folds == 1:
-        return real, validation
-    at = torch.nonzero((seen[1] == fold) | (seen[1] < 0))[:, 0]
-    kept: Tensor = torch.nonzero(seen[0] != fold)[:, 0]
-    return real.subset(kept), validation.subset(at if len(at) else range(len(validation)))
+def _mean(outcomes: Sequence[Outcome]) -> Outcome:
+    losses, shares = zip(*((o.loss, o.accuracy) for o in outcomes), strict=True)
+    return Outcome(statistics.fmean(losses), statistics.fmean(shares))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from utilgen_cli.classification.data import LabelledImages, to_float
 from utilgen_cli.classification.train import predict
-from utilgen_cli.valuation.lookahead import lookaheads
+from utilgen_cli.valuation.lookahead import Lookahead, lookaheads
 
 from ..store import Run, Stopwatch, Store, spread, table
 from ..valuation_inversion import literal
@@ -92,7 +92,7 @@ def each(value: Callable[[LabelledImages], float]) -> Side:
 
 
 def our_sides(world: World, seen: LabelledImages, seed: int) -> tuple[dict[str, Side], float]:
-    """lookahead, and the means of utility and of minus the loss over a pool."""
+    """Lookahead by loss and by accuracy, and the means of utility and of minus the loss over a pool."""
     value, seconds = value_model(world, seen, seed)
 
     def mean(member: str, sign: int) -> Side:
@@ -103,13 +103,25 @@ def our_sides(world: World, seen: LabelledImages, seed: int) -> tuple[dict[str, 
 
         return each(of)
 
-    def ahead(pools: list[LabelledImages]) -> list[float]:
-        found = lookaheads(value, world.real, pools, world.validation, seed=seed)
-        return [one.gain for one in found]
+    def both(pools: list[LabelledImages]) -> list[float]:
+        sides = ahead("gain"), mean("utility", 1)
+        return list(sum(rankdata(side(pools)) for side in sides))
+
+    found: list[Lookahead] = []  # of the pools, made by the first side that asks
+
+    def ahead(member: str) -> Side:
+        def of(pools: list[LabelledImages]) -> list[float]:
+            if not found:
+                found.extend(lookaheads(value, world.real, pools, world.validation, seed=seed))
+            return [getattr(one, member) for one in found]
+
+        return of
 
     return {
-        "utilgen lookahead": ahead,
+        "utilgen lookahead": ahead("gain"),
+        "utilgen lookahead, accuracy": ahead("accuracy_gain"),
         "utilgen mean utility": mean("utility", 1),
+        "utilgen lookahead and mean utility, by mean rank": both,
         "utilgen minus mean loss": mean("loss", -1),
     }, seconds
 
