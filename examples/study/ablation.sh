@@ -3,7 +3,8 @@
 #
 #   bash examples/study/ablation.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
 #
-# Class prompts (base), inversion (tokens), DataDream (lora), GAP, filtering alone (filter), then
+# Class prompts (base), inversion (tokens), DataDream (lora), GAP with its rates tuned (gap-held: held
+# to the shots as prompt is; instance_level.sh has it loose), filtering alone (filter), then
 # UtilGen: a round of preference tuning (round-1), prompts inverted from the shots (inverted), with
 # an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
 # generator of the first round, with noise (full); and as many further real images, in the place of
@@ -21,8 +22,9 @@ arms() {
   dpo_rounds 1
   once inversion utilgen invert "$data/real" --seed "$seed" -q -o inversion "${smoke[@]}"
   draw tokens --tokens inversion
-  optimise gap --noise none --objective loss --clip-weight 0
   inverted
+  optimise gap-held --init prompts --iterations 5 --anchor-weight 4 --noise none --objective loss \
+    --clip-weight 0
   optimise prompt --init prompts --iterations 5 --anchor-weight 1 --noise none \
     --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
@@ -34,7 +36,7 @@ arms() {
   [ -n "${DATA:-}" ] || bound=(further-real)
   [ -n "${DATA:-}" ] || once further-real python "$study/../tiny/make_shards.py" . --shots 0 --val 0 \
     --test 0 --further "$per_class" --start $((500 + seed * per_class))
-  compare ablation base tokens lora gap filter round-1 inverted prompt prompt-noise full \
+  compare ablation base tokens lora gap-held filter round-1 inverted prompt prompt-noise full \
     "${bound[@]}"
 }
 
