@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import utilgen_cli
 from tests.valuation_toys import colours
 from utilgen_cli.valuation.baselines import knn_shapley, knn_shapley_joined
-from utilgen_cli.valuation.lookahead import lookahead, lookaheads
+from utilgen_cli.valuation.lookahead import _start, lookahead, lookaheads
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 
@@ -88,6 +91,18 @@ def test_influence_is_minus_the_squared_gradient_of_the_last_layer(value):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     wrong = value.judge_pixels(new.images, (new.labels + 1) % 3).influence
     assert wrong.mean() < found.mean()
+
+
+def test_a_frozen_tower_stays_as_it_is_under_lookahead():
+    arch = f"open_clip:{Path(utilgen_cli.__file__).parent / 'tiny' / 'open_clip'}"
+    settings = ValueConfig(arch=arch, augment="none").facts()
+    value = SimpleNamespace(
+        facts={"config": settings}, classes=["a", "b", "c"], size=32, device=torch.device("cpu")
+    )
+    start, config = _start(value, 0, 7)
+    taken = [name for name, p in start.named_parameters() if p.requires_grad]
+    assert taken == ["head.weight", "head.bias"]
+    assert (config.steps, config.lr, config.augmentation) == (7, settings["lr"], "none")
 
 
 def test_lookahead_puts_right_labels_above_wrong_ones(value):

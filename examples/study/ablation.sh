@@ -3,8 +3,8 @@
 #
 #   bash examples/study/ablation.sh [--smoke] [--seeds "0 1 2 3 4"] [DIR]     (DIR: study/)
 #
-# Class prompts (base), inversion (tokens), DataDream (lora), GAP with its rates tuned (gap-held: held
-# to the shots as prompt is; instance_level.sh has it loose), filtering alone (filter), then
+# Class prompts (base), inversion (tokens), DataDream (lora), GAP as tuned (gap-held: held to the
+# shots as prompt is; instance_level.sh has it loose), filtering alone (filter), then
 # UtilGen: a round of preference tuning (round-1), prompts inverted from the shots (inverted), with
 # an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
 # generator of the first round, with noise (full); and as many further real images, in the place of
@@ -25,8 +25,7 @@ arms() {
   inverted
   optimise gap-held --init prompts --iterations 5 --anchor-weight 4 --noise none --objective loss \
     --clip-weight 0
-  optimise prompt --init prompts --iterations 5 --anchor-weight 1 --noise none \
-    --save-policy prompt-policy
+  optimise prompt "${anchored[@]}" --noise none --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
   once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
     --steps 600 --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
@@ -78,7 +77,7 @@ with_few() { # SHOTS
   learn_value
   adapted_by_lora
   inverted
-  optimise prompt --init prompts --iterations 5 --anchor-weight 1 --noise none
+  optimise prompt "${anchored[@]}" --noise none
   compare few base lora prompt
 }
 

@@ -119,6 +119,8 @@ optimise_once() {
     --guidance-scale "$GUIDANCE" --max-fidelity-drop 1 -q --json -o "$1" "${@:2}" "${smoke[@]}" \
     2> "$1.json" || { cat "$1.json" >&2; return 1; }
 }
+# A short climb for utility from the inverted prompts, held to the shots.
+anchored=(--init prompts --iterations 5 --anchor-weight 1)
 # The set is valued as well: unlike one another, and near the real shots in CLIP's eyes.
 set_terms=(--diversity 2 --clip-weight 0 --clip-image-weight 2)
 

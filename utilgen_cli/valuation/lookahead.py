@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from ..classification.models import Classifier, build_classifier
 from ..classification.train import TrainConfig, predict, train_classifier
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed
+from .todv import ValueConfig
 from .value_model import ValueModel
 
 STEPS, REPEATS = 100, 3
@@ -104,15 +105,11 @@ def lookaheads(
 
 def _start(value: ValueModel, seed: int, steps: int) -> tuple[Classifier, TrainConfig]:
     """A classifier as `value train` begins with, and how it is trained."""
-    trained, settings = value.classifiers[0], value.facts["config"]
+    config = ValueConfig(**value.facts["config"])
     model = build_classifier(
-        trained.arch, len(value.classes), value.size, settings["pretrained"], seed=seed
+        config.arch, len(value.classes), value.size, config.pretrained, seed=seed
     )
-    config = TrainConfig(
-        steps=steps, batch_size=settings["batch_size"], lr=settings["lr"],
-        augmentation=settings["augment"],
-    )  # fmt: skip
-    return model.to(value.device), config
+    return model.to(value.device), replace(config.inner(), steps=steps)
 
 
 def _tested(model: Classifier, data: LabelledImages) -> Outcome:

@@ -71,7 +71,9 @@ class ValueConfig:
 
     def inner(self) -> TrainConfig:
         """How the classifiers are trained."""
-        return TrainConfig(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+        return TrainConfig(
+            steps=self.steps, batch_size=self.batch_size, lr=self.lr, augmentation=self.augment
+        )
 
     def snapshot_steps(self) -> list[int]:
         """Evenly over the last half of the trajectory, its end included."""
