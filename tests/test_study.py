@@ -1,4 +1,4 @@
-"""The table of the studies, against numbers worked out by hand."""
+"""The table and the plots of the studies, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def test_differences_are_paired_by_seed(rows: dict[str, list[str]]) -> None:
     # Gaps 3, 2, 4: mean 3, sd 1; t(.975, 2) = 4.303; t = 3 sqrt(3) = 5.196, p = .0351.
     assert rows["synthetic only, from base"][4] == "+3.0 [+0.5, +5.5], p 0.035"
     assert rows["synthetic only, from base"][2:4] == ["", ""]
+    assert rows["helpful, from base"][2:] == ["", "", "+0.0"]
     assert rows["with real, from real"][3].startswith("-9.0 [-11.5, -6.5]")
 
 
@@ -97,3 +98,33 @@ def test_volumes_and_architectures_are_rows_of_their_own(tmp_path: Path) -> None
     assert rows["base x5, vit"][5:7] == ["80.5 ± 0.7", "95.5 ± 0.7"]
     assert rows["base x5, vit"][-2:] == ["+20.0", "+15.0"]
     assert rows["base x5, cnn"][-2:] == ["+10.0", "+5.0"]
+
+
+def run_plots(study: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TABLE.with_name("plots.py")), str(study), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    study, out = tmp_path / "study", tmp_path / "plots"
+    assert "run ablation.sh first" in run_plots(study, out).stderr
+    for seed, base in enumerate((0.60, 0.62)):
+        write_seed(study / f"seed-{seed}" / "ablation", base, base + 0.03)
+    done = run_plots(study, out)
+    assert done.stdout.splitlines() == [str(out / "arms.svg")], done.stderr
+    drawn = (out / "arms.svg").read_text()
+    assert "<!-- class prompts -->" in drawn and "<!-- tuned -->" in drawn
+    for seed, base in enumerate((0.50, 0.53)):
+        write_seed(study / f"seed-{seed}" / "shots-4" / "few", base, base)
+    done = run_plots(study, out)
+    assert done.stdout.splitlines() == [str(out / "arms.svg"), str(out / "shots.svg")], done.stderr
+    assert "<!-- real only -->" in (out / "shots.svg").read_text()
+
+
+def test_intervals_of_the_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TABLE.parent))
+    from plots import half_width
+
+    # sd of 60, 62, 61 is 1; t(.975, 2) = 4.303.
+    assert half_width([60.0, 62.0, 61.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert half_width([60.0]) == 0

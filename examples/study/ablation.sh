@@ -11,7 +11,8 @@
 # generated ones (further-real, not with DATA of your own): what the best generator could be worth. With
 # BEYOND=1 also volume and other architectures, for base and full, and (not with DATA of your own)
 # 1 to 8 labelled images a class, for base, lora and prompt. What model_level.sh and
-# instance_level.sh have made in DIR is used. About 45 minutes of one core a seed.
+# instance_level.sh have made in DIR is used; the plots go to DIR/plots. About 45 minutes of one
+# core a seed.
 # shellcheck source=examples/study/common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -84,14 +85,17 @@ with_few() { # SHOTS
 judge
 each_seed arms
 python "$study/table.py" . --part ablation --baseline base
-[ -n "${BEYOND:-}" ] || exit 0
-each_seed volumes
-python "$study/table.py" . --part volume --baseline "base x${counts[0]}"
-each_seed architectures
-python "$study/table.py" . --part architectures --baseline base
-[ -z "${DATA:-}" ] || exit 0
-each_seed few
-for k in "${few_shots[@]}"; do
-  echo "$k labelled images a class:"
-  python "$study/table.py" . --part "shots-$k/few" --baseline base
-done
+if [ -n "${BEYOND:-}" ]; then
+  each_seed volumes
+  python "$study/table.py" . --part volume --baseline "base x${counts[0]}"
+  each_seed architectures
+  python "$study/table.py" . --part architectures --baseline base
+fi
+if [ -n "${BEYOND:-}" ] && [ -z "${DATA:-}" ]; then
+  each_seed few
+  for k in "${few_shots[@]}"; do
+    echo "$k labelled images a class:"
+    python "$study/table.py" . --part "shots-$k/few" --baseline base
+  done
+fi
+python "$study/plots.py" . --out plots

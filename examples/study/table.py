@@ -93,7 +93,8 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def table(seeds: Sequence[dict[str, Row]], baseline: str) -> Iterable[str]:
     """Markdown, line by line."""
-    heads = ["arm", *COLUMNS.values(), f"synthetic only, from {baseline}", "with real, from real"]
+    compared = (("influence", baseline), ("alone", baseline), ("joint", "real"))
+    heads = ["arm", *COLUMNS.values(), *(f"{COLUMNS[c]}, from {name}" for c, name in compared)]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
 
@@ -102,12 +103,10 @@ def table(seeds: Sequence[dict[str, Row]], baseline: str) -> Iterable[str]:
 
     for arm in seeds[0]:
         cells = [arm, *(cell(values(arm, column)) for column in COLUMNS)]
-        alone, joint = values(arm, "alone"), values(arm, "joint")
         _, comma, arch = arm.partition(", ")
-        base, real = (name + comma + arch for name in (baseline, "real"))
-        told = bool(alone) and arm != base
-        cells.append(difference(alone, values(base, "alone")) if told else "")
-        cells.append(difference(joint, values(real, "joint")) if joint and arm != real else "")
+        for column, name in compared:
+            ours, theirs = values(arm, column), values(other := name + comma + arch, column)
+            cells.append(difference(ours, theirs) if ours and theirs and arm != other else "")
         yield "| " + " | ".join(cells) + " |"
 
 
