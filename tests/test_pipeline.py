@@ -132,3 +132,15 @@ def test_json_summaries_are_json(loop: Path) -> None:
         json.loads(line) for line in done.stderr.decode().splitlines() if line.startswith("{")
     ]
     assert len(summaries) == 2
+
+
+def test_the_loop_script_runs_to_its_report(tmp_path: Path) -> None:
+    script = DATA.parent / "loop.sh"
+    done = run(f"SMOKE=1 bash {script} {DATA}/real {DATA}/val {DATA}/test tiny 1 4", tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    text = done.stdout.decode()
+    for line in ("round 0: validation accuracy", "round 1: validation accuracy", "real + loop"):
+        assert line in text
+    assert (tmp_path / "report.html").exists()
+    judged = json.loads((tmp_path / "round0" / "eval.json").read_text())
+    assert judged["data"]["test"]["images"] == len(list(open_source([f"{DATA}/val"]).samples()))

@@ -9,13 +9,15 @@
 # an anchored climb for utility (prompt), with noise (prompt-noise), and inversion and climb on the
 # generator of the first round, with noise (full); and as many further real images, in the place of
 # generated ones (further-real, not with DATA of your own): what the best generator could be worth. With
-# BEYOND=1 also volume and other architectures, for base and full, and (not with DATA of your own)
-# 1 to 8 labelled images a class, for base, lora and prompt. What model_level.sh and
-# instance_level.sh have made in DIR is used; the plots go to DIR/plots. About 45 minutes of one
+# BEYOND=1 also volume and other architectures, for base and full; four times the training; and (not
+# with DATA of your own) 1 to 8 labelled images a class, for base, lora and prompt. What model_level.sh
+# and instance_level.sh have made in DIR is used; the plots go to DIR/plots. About 45 minutes of one
 # core a seed.
 # shellcheck source=examples/study/common.sh
 source "$(dirname "$0")/common.sh"
 
+bound=()
+[ -n "${DATA:-}" ] || bound=(further-real)
 arms() {
   learn_value
   filtered
@@ -32,8 +34,6 @@ arms() {
     --steps 600 --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
   optimise full --adapter round-1-adapter --init round-1-prompts --iterations 5 --anchor-weight 1 \
     --noise single --save-policy full-policy
-  local bound=()
-  [ -n "${DATA:-}" ] || bound=(further-real)
   [ -n "${DATA:-}" ] || once further-real python "$study/../tiny/make_shards.py" . --shots 0 --val 0 \
     --test 0 --further "$per_class" --start $((500 + seed * per_class))
   compare ablation base tokens lora gap-held filter round-1 inverted prompt prompt-noise full \
@@ -53,6 +53,11 @@ volumes() {
   once volume utilgen eval --real "$data/real" --val "$data/val" --val-as-train \
     --synthetic base=base-x10 --synthetic full=full-x10 "${times[@]}" --test "$data/test" \
     --seeds 1 --seed "$seed" "${joint[@]}" -o runs --report volume -q "${smoke[@]}" > /dev/null
+}
+
+longer() { # until more steps help real images alone no further; joint batches are half real then
+  local joint=("${joint[@]}" --steps 1600 --real-share 0.5)
+  compare longer base lora round-1 prompt-noise full "${bound[@]}"
 }
 
 architectures() {
@@ -88,6 +93,8 @@ python "$study/table.py" . --part ablation --baseline base
 if [ -n "${BEYOND:-}" ]; then
   each_seed volumes
   python "$study/table.py" . --part volume --baseline "base x${counts[0]}"
+  each_seed longer
+  python "$study/table.py" . --part longer --baseline base
   each_seed architectures
   python "$study/table.py" . --part architectures --baseline base
 fi
