@@ -65,7 +65,7 @@ def test_differences_are_paired_by_seed(rows: dict[str, list[str]]) -> None:
     assert rows["synthetic only, from base"][4] == "+3.0 [+0.5, +5.5], p 0.035"
     assert rows["synthetic only, from base"][2:4] == ["", ""]
     assert rows["helpful, from base"][2:] == ["", "", "+0.0"]
-    assert rows["with real, from real"][3].startswith("-9.0 [-11.5, -6.5]")
+    assert rows["with real, from real"][3] == "-9.0 [-11.5, -6.5], p 0.004"
 
 
 def test_a_study_without_results_says_so(tmp_path: Path) -> None:

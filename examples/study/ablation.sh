@@ -76,13 +76,15 @@ few() { # fewer labelled images a class, and as few to validate on, for base, lo
     (cd "shots-$k" && with_few "$k")
   done
 }
-with_few() { # SHOTS
+with_few() { # SHOTS: by the shot as many steps, and as much weight in a joint batch, as 16 have
   data=$PWD population=$(($1 < population ? $1 : population))
+  lora_steps=$((lora_steps * $1 / 16)) invert_steps=$((invert_steps * $1 / 16))
+  joint+=(--real-share "$(awk -v k="$1" 'BEGIN { print k / (k + 4) }')")
   once data python "$study/../tiny/make_shards.py" . --shots "$1" --val "$1"
   once base cp -r ../base .
   learn_value
   adapted_by_lora
-  inverted
+  inverted_prompts
   optimise prompt "${anchored[@]}" --noise none
   compare few base lora prompt
 }

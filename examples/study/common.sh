@@ -80,9 +80,10 @@ pass_agreed() {
   cat "$1"/*.tar "$2"/*.tar | utilgen value score --value value --agreed -q -o "$1-agreed"
 }
 
+lora_steps=400
 adapted_by_lora() { # DataDream's recipe, on the real shots alone
-  once lora-adapter utilgen lora "$data/real" --lr "$LORA_LR" --seed "$seed" -q -o lora-adapter \
-    "${smoke[@]}"
+  once lora-adapter utilgen lora "$data/real" --lr "$LORA_LR" --steps "$lora_steps" --seed "$seed" \
+    -q -o lora-adapter "${smoke[@]}"
   draw lora --adapter lora-adapter
 }
 
@@ -104,10 +105,13 @@ dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins 
 }
 dpo_options=(--beta 500 --steps 100) # the default beta keeps the generator nearer to where it was
 
-population=4
-inverted() { # prompts that denoise the real shots, four a class (`prompts`), and images of them
-  once prompts utilgen invert "$data/real" --population "$population" --steps 600 --lr 0.05 --batch-size 64 \
-    "${flip[@]}" --seed "$seed" -q -o prompts "${smoke[@]}"
+population=4 invert_steps=600
+inverted_prompts() { # four a class that denoise the real shots
+  once prompts utilgen invert "$data/real" --population "$population" --steps "$invert_steps" \
+    --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o prompts "${smoke[@]}"
+}
+inverted() { # and images of them
+  inverted_prompts
   draw inverted --policy prompts
 }
 

@@ -88,7 +88,8 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
         return f"{mean:+.1f}"
     half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
     p = stats.ttest_rel(ours, theirs).pvalue
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], p {p:.3f}"
+    told = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], {told}"
 
 
 def table(seeds: Sequence[dict[str, Row]], baseline: str) -> Iterable[str]:
