@@ -35,6 +35,8 @@ def render(summary: dict[str, Any], terminal: bool = False) -> str:
     if summary["synthetic"]:
         console.print()
         console.print(synthetic_table(summary))
+        for line in feature_lines(summary):
+            console.print(Text(line, style="dim"), soft_wrap=True)
     for line in leak_lines(summary) or ["no test image was found in any other set"]:
         console.print(Text(f"leak check: {printable(line)}"), soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -59,12 +61,13 @@ def arm_table(summary: dict[str, Any]) -> Any:
 def synthetic_table(summary: dict[str, Any]) -> Any:
     """A row a synthetic set: why it helps, and what it cost."""
     columns = ["set", "helpful, %", "null, %", "agree, %", "prec.", "recall", "dens.",
-               "cover.", "KID", "FID", "time"]  # fmt: skip
+               "cover.", "div.", "KID", "FID", "time"]  # fmt: skip
     rows = []
     for name, s in summary["synthetic"].items():
         d = s.get("distribution")
-        figures = ["–"] * 6 if d is None else [
+        figures = ["–"] * 7 if d is None else [
             *(f"{d[k]:.2f}" for k in ("precision", "recall", "density", "coverage")),
+            "–" if d["diversity"] is None else f"{d['diversity']:.2f}",
             f"{d['kid']['mean']:.3f}", f"{d['fid']:.1f}",
         ]  # fmt: skip
         influence = s.get("influence")
@@ -76,6 +79,18 @@ def synthetic_table(summary: dict[str, Any]) -> Any:
         title="Synthetic sets beside the validation images "
         "(helpful: positive influence; null: labels shuffled)",
     )
+
+
+def feature_lines(summary: dict[str, Any]) -> list[str]:
+    """Whose features the figures are of, and of how many images: one line, or none."""
+    found = [d for s in summary["synthetic"].values() if (d := s.get("distribution"))]
+    if not found:
+        return []
+    counts = " or ".join(f"{n:,}" for n in sorted({d["n_synthetic"] for d in found}))
+    return [
+        f"precision to FID in the features of {found[0]['extractor']}: {counts} images beside "
+        f"{found[0]['n_real']:,}; to compare sets with, not papers; div.: diversity over real"
+    ]
 
 
 def rich_table(columns: list[str], rows: list[list[str]], title: str, texts: int = 1) -> Any:
