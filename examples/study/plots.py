@@ -1,8 +1,8 @@
 """The figures of README.md: `python plots.py DIR [--out .]` draws what the studies left in DIR.
 
-arms.svg: every arm of ablation.sh, alone and with real images; volume.svg: accuracy against the
-number of generated images; shots.svg: against the number of labelled ones. Dots are seeds, bars and
-bands 95 % intervals of the mean over the seeds (Student's t).
+arms.svg: every arm of ablation.sh, alone and with real images; longer.svg: those trained four times
+as long; volume.svg: accuracy against the number of generated images; shots.svg: against that of
+labelled ones. Dots are seeds, bars 95 % intervals of the mean over the seeds (Student's t).
 """
 
 from __future__ import annotations
@@ -105,12 +105,9 @@ def main() -> None:
     table = seeds_of(args.study, "ablation")
     if not table:
         parser.error(f"no finished seed of ablation in {args.study}: run ablation.sh first")
-    drawn, panels = figure(9, 4.2)
-    for panel, column in zip(panels, PANELS, strict=True):
-        draw_arms(panel, table, column)
-        panel.set_xlabel("test accuracy, %")
-    panels[1].set_yticklabels([])
-    save(drawn, args.out / "arms.svg")
+    rows(table, args.out / "arms.svg")
+    if longer := seeds_of(args.study, "longer"):
+        rows(longer, args.out / "longer.svg")
 
     if volumes := seeds_of(args.study, "volume"):
         counts = sorted({float(arm.rpartition(" x")[2]) for arm in volumes[0] if " x" in arm})
@@ -126,6 +123,16 @@ def main() -> None:
         lines(at, arms, "labelled images a class", args.out / "shots.svg")
 
 
+def rows(seeds: Seeds, path: Path) -> None:
+    """The arms of one table."""
+    drawn, panels = figure(9, 0.8 + 0.3 * len(seeds[0]))
+    for panel, column in zip(panels, PANELS, strict=True):
+        draw_arms(panel, seeds, column)
+        panel.set_xlabel("test accuracy, %")
+    panels[1].set_yticklabels([])
+    save(drawn, path)
+
+
 def lines(at: dict[float, Seeds], arms: dict[str, str], label: str, path: Path) -> None:
     """One of the two line plots."""
     drawn, panels = figure(9, 3.4)
@@ -133,7 +140,7 @@ def lines(at: dict[float, Seeds], arms: dict[str, str], label: str, path: Path) 
         draw_lines(panel, at, arms, column)
         panel.set_xlabel(label)
     panels[0].set_ylabel("test accuracy, %")
-    panels[1].legend(frameon=False)
+    panels[0].legend(frameon=False, loc="lower right")
     save(drawn, path)
 
 
