@@ -121,7 +121,7 @@ optimise() { # NAME OPTIONS...: ilpo, from the starting noise of this seed; NAME
 optimise_once() {
   utilgen ilpo --value value --real "$data/real" --per-class "$per_class" --seed "$seed" \
     --guidance-scale "$GUIDANCE" --max-fidelity-drop 1 -q --json -o "$1" "${@:2}" "${smoke[@]}" \
-    2> "$1.json" || { cat "$1.json" >&2; return 1; }
+    2> "$1.json" || { cat "$1.json" >&2; rm "$1.json"; return 1; }
 }
 # A short climb for utility from the inverted prompts, held to the shots.
 anchored=(--init prompts --iterations 5 --anchor-weight 1)
