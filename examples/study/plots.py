@@ -96,6 +96,27 @@ def save(drawn: Figure, path: Path) -> None:
     print(path)
 
 
+def rows(seeds: Seeds, path: Path) -> None:
+    """The arms of one table."""
+    drawn, panels = figure(9, 0.8 + 0.3 * len(seeds[0]))
+    for panel, column in zip(panels, PANELS, strict=True):
+        draw_arms(panel, seeds, column)
+        panel.set_xlabel("test accuracy, %")
+    panels[1].set_yticklabels([])
+    save(drawn, path)
+
+
+def lines(at: dict[float, Seeds], arms: dict[str, str], label: str, path: Path) -> None:
+    """One of the two line plots."""
+    drawn, panels = figure(9, 3.4)
+    for panel, column in zip(panels, PANELS, strict=True):
+        draw_lines(panel, at, arms, column)
+        panel.set_xlabel(label)
+    panels[0].set_ylabel("test accuracy, %")
+    panels[0].legend(frameon=False, loc="lower right")
+    save(drawn, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
@@ -121,27 +142,6 @@ def main() -> None:
         at = dict(sorted(few.items())) | {16.0: table}
         arms = {arm: arm for arm in ("base", "lora", "prompt")}
         lines(at, arms, "labelled images a class", args.out / "shots.svg")
-
-
-def rows(seeds: Seeds, path: Path) -> None:
-    """The arms of one table."""
-    drawn, panels = figure(9, 0.8 + 0.3 * len(seeds[0]))
-    for panel, column in zip(panels, PANELS, strict=True):
-        draw_arms(panel, seeds, column)
-        panel.set_xlabel("test accuracy, %")
-    panels[1].set_yticklabels([])
-    save(drawn, path)
-
-
-def lines(at: dict[float, Seeds], arms: dict[str, str], label: str, path: Path) -> None:
-    """One of the two line plots."""
-    drawn, panels = figure(9, 3.4)
-    for panel, column in zip(panels, PANELS, strict=True):
-        draw_lines(panel, at, arms, column)
-        panel.set_xlabel(label)
-    panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend(frameon=False, loc="lower right")
-    save(drawn, path)
 
 
 if __name__ == "__main__":
