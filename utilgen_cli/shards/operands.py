@@ -12,9 +12,7 @@ from typing import BinaryIO
 
 from ..runtime.errors import NoInput, UsageError
 from .quarantine import Quarantine
-from .reader import read_tar
 from .sample import Sample
-from .sums import Sums
 
 STDIN = Path("-")
 
@@ -56,6 +54,9 @@ class Source:
 
 def read_path(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
     """The samples of one shard file, checked by its statistics; or of standard input for `-`."""
+    from .reader import read_tar  # not for a word about a missing file
+    from .sums import Sums
+
     quarantine = quarantine or Quarantine()
     if path == STDIN:
         yield from quarantine.screen(read_tar(_stdin(), "standard input"))
