@@ -121,9 +121,9 @@ def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     assert "<!-- real only -->" in (out / "shots.svg").read_text()
 
 
-def test_intervals_of_the_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TABLE.parent))
-    from plots import half_width
+    from table import half_width
 
     # sd of 60, 62, 61 is 1; t(.975, 2) = 4.303.
     assert half_width([60.0, 62.0, 61.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)

@@ -28,12 +28,11 @@ arms() {
   inverted
   optimise gap-held --init prompts --iterations 5 --anchor-weight 4 --noise none --objective loss \
     --clip-weight 0
-  optimise prompt "${anchored[@]}" --noise none --save-policy prompt-policy
+  optimise prompt --init prompts "${anchored[@]}" --noise none --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
-  once round-1-prompts utilgen invert "$data/real" --adapter round-1-adapter --population 4 \
-    --steps 600 --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o round-1-prompts "${smoke[@]}"
-  optimise full --adapter round-1-adapter --init round-1-prompts --iterations 5 --anchor-weight 1 \
-    --noise single --save-policy full-policy
+  invert_prompts round-1-prompts --adapter round-1-adapter
+  optimise full --adapter round-1-adapter --init round-1-prompts "${anchored[@]}" --noise single \
+    --save-policy full-policy
   [ -n "${DATA:-}" ] || once further-real python "$study/../tiny/make_shards.py" . --shots 0 --val 0 \
     --test 0 --further "$per_class" --start $((500 + seed * per_class))
   compare ablation base tokens lora gap-held filter round-1 inverted prompt prompt-noise full \
@@ -84,11 +83,11 @@ with_few() { # SHOTS: by the shot as many steps, and as much weight in a joint b
   once base cp -r ../base .
   learn_value
   adapted_by_lora
-  inverted_prompts
+  invert_prompts prompts
   if grep -q '"verdict": "inverted"' value/value.json; then # its canary failed: ilpo would refuse it
     draw prompt --policy prompts
   else
-    optimise prompt "${anchored[@]}" --noise none
+    optimise prompt --init prompts "${anchored[@]}" --noise none
   fi
   compare few base lora prompt
 }

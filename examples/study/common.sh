@@ -106,12 +106,12 @@ dpo_rounds() { # N: sample, score, pair, tune; from the LoRA on, a round begins 
 dpo_options=(--beta 500 --steps 100) # the default beta keeps the generator nearer to where it was
 
 population=4 invert_steps=600
-inverted_prompts() { # four a class that denoise the real shots
-  once prompts utilgen invert "$data/real" --population "$population" --steps "$invert_steps" \
-    --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o prompts "${smoke[@]}"
+invert_prompts() { # NAME OPTIONS...: four a class that denoise the real shots
+  once "$1" utilgen invert "$data/real" "${@:2}" --population "$population" --steps "$invert_steps" \
+    --lr 0.05 --batch-size 64 "${flip[@]}" --seed "$seed" -q -o "$1" "${smoke[@]}"
 }
-inverted() { # and images of them
-  inverted_prompts
+inverted() { # such prompts, and images of them
+  invert_prompts prompts
   draw inverted --policy prompts
 }
 
@@ -123,8 +123,7 @@ optimise_once() {
     --guidance-scale "$GUIDANCE" --max-fidelity-drop 1 -q --json -o "$1" "${@:2}" "${smoke[@]}" \
     2> "$1.json" || { cat "$1.json" >&2; rm "$1.json"; return 1; }
 }
-# A short climb for utility from the inverted prompts, held to the shots.
-anchored=(--init prompts --iterations 5 --anchor-weight 1)
+anchored=(--iterations 5 --anchor-weight 1) # a short climb for utility, held to the shots
 # The set is valued as well: unlike one another, and near the real shots in CLIP's eyes.
 set_terms=(--diversity 2 --clip-weight 0 --clip-image-weight 2)
 

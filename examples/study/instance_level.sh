@@ -16,9 +16,9 @@ arms() {
   inverted
   optimise noise --iterations 0 --population 1 --noise single
   optimise inverted-noise --init prompts --iterations 0 --noise single
-  optimise prompt "${anchored[@]}" --noise none --save-policy prompt-policy
+  optimise prompt --init prompts "${anchored[@]}" --noise none --save-policy prompt-policy
   optimise prompt-noise --init prompt-policy --iterations 0 --noise single
-  optimise prompt-set "${anchored[@]}" --noise none "${set_terms[@]}"
+  optimise prompt-set --init prompts "${anchored[@]}" --noise none "${set_terms[@]}"
   optimise free-prompt --init prompts --iterations 20 --noise none
   optimise class-prompt --noise none
   optimise gap --noise none --objective loss --clip-weight 0

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from scipy import stats
-from table import Row, read_seed
+from table import Row, half_width, read_seed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +39,6 @@ def seeds_of(study: Path, part: str) -> list[dict[str, Row]]:
 def accuracies(seeds: Seeds, arm: str, column: str) -> list[float]:
     """Of one arm, a seed each, in percent."""
     return [seed[arm][column] for seed in seeds if column in seed.get(arm, {})]
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean; 0 for one value."""
-    n = len(values)
-    return stats.t.ppf(0.975, n - 1) * stdev(values) / n**0.5 if n > 1 else 0.0
 
 
 def draw_arms(panel: Axes, seeds: Seeds, column: str) -> None:

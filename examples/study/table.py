@@ -80,14 +80,19 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean, by Student's t; 0 for one value."""
+    n = len(values)
+    return stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Paired by seed: mean, 95 % interval, p."""
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.fmean(gaps)
     if len(gaps) < 2 or statistics.stdev(gaps) == 0:
         return f"{mean:+.1f}"
-    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    p = stats.ttest_rel(ours, theirs).pvalue
+    half, p = half_width(gaps), stats.ttest_rel(ours, theirs).pvalue
     told = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], {told}"
 
