@@ -19,7 +19,7 @@ from .figures import (
     share,
 )
 
-WIDTH = 118  # columns where the output is no terminal
+WIDTH = 126  # columns where the output is no terminal
 
 
 def render(summary: dict[str, Any], terminal: bool = False) -> str:
