@@ -75,8 +75,8 @@ def test_other_contents_under_the_same_name_are_other_settings(tmp_path: Path) -
         weights.write_bytes(data)
         settings = {"tokens": tmp_path / "tokens"}
         if number < 2:
-            with OutputDirectory(tmp_path / "drawn", "x", settings):
-                pass
+            with OutputDirectory(tmp_path / "drawn", "x", settings) as out:
+                (out.path / "00000.tar").write_bytes(b"drawn")
     with (
         pytest.raises(UsageError, match="tokens contents was"),
         OutputDirectory(tmp_path / "drawn", "x", settings),

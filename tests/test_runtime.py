@@ -43,6 +43,25 @@ def test_the_same_settings_resume_and_others_are_refused_with_the_difference(
         assert not (out.path / "kept").exists()
 
 
+def test_a_run_that_made_nothing_binds_no_later_one_to_its_settings(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 3}) as out:
+        (out.path / ".00000.tar.journal").write_text("{}\n")
+        (out.path / ".00000.tar.partial").write_bytes(b"")
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4}) as out:
+        assert not (out.path / ".00000.tar.journal").exists()
+    with (
+        pytest.raises(UsageError, match=r"steps was 4, now 5"),
+        OutputDirectory(tmp_path / "o", "dpo", {"steps": 5}, part="0/2"),
+    ):
+        pass  # another part may be at work under the settings
+    (out.path / "checkpoint.safetensors").write_bytes(b"x")
+    with (
+        pytest.raises(UsageError, match=r"steps was 4, now 5"),
+        OutputDirectory(tmp_path / "o", "dpo", {"steps": 5}),
+    ):
+        pass
+
+
 def test_a_directory_of_somebody_else_is_neither_mixed_with_nor_emptied(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="did not write"):

@@ -39,7 +39,8 @@ class OutputDirectory:
 
     Raises UtilgenError when another process holds the directory, UsageError when it was made
     with other settings (the difference is shown; `overwrite` empties it instead). A `Path` in the
-    settings is an input: what lies there now is a setting as well.
+    settings is an input: what lies there now is a setting as well. A run that failed before it
+    had made anything binds no later one to its settings.
     """
 
     def __init__(
@@ -175,6 +176,14 @@ class OutputDirectory:
                 "Name an empty or new directory with -o.",
             )
 
+    def _made_anything(self) -> bool:
+        """False if only locks, settings and shards that were begun in vain lie there."""
+        files = (f for f in self.path.rglob("*") if f.is_file())
+        return any(
+            f.stat().st_size > 0 and f.name != SETTINGS and not f.name.endswith(".journal")
+            for f in files
+        )
+
     def _before(self) -> dict[str, Any]:
         """What the directory was made with."""
         try:
@@ -194,7 +203,10 @@ class OutputDirectory:
             for name in {*before, *self.settings}
             if before.get(name) != self.settings.get(name)
         )
-        if names:
+        if names and self.part is None and not self._made_anything():
+            self._empty()
+            write_json(path, self.settings)
+        elif names:
             change = ", ".join(
                 f"{n} was {before.get(n)!r}, now {self.settings.get(n)!r}" for n in names
             )
