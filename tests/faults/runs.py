@@ -31,7 +31,7 @@ class Case:
 CASES = {
     "pack": Case("pack {images} --shard-size 40 -o {out}"),
     "invert": Case("invert {real} -m {model} --steps 8 --batch-size 8 -o {out}"),
-    "generate": Case("generate -m {model} --per-class 6 --shard-size 25 -o {out}"),
+    "generate": Case("generate -m {model} --per-class 6 --steps 20 --shard-size 25 -o {out}"),
     "value train": Case(
         "value train --real {real} --synthetic {generate} --val {val} --size 16 --smoke -o {out}",
         ["generate"],
@@ -168,13 +168,20 @@ class Child:
 
     def work_until(self, cpu_seconds: float) -> bool:
         """Wait until the run has used so much processor time; False if it ended before."""
-        tick = os.sysconf("SC_CLK_TCK")
+        return self.until(lambda: self._used() >= cpu_seconds)
+
+    def until(self, reached: Callable[[], bool]) -> bool:
+        """Wait until `reached()`; False if the run ended before."""
         while self.running:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            if (int(fields[11]) + int(fields[12])) / tick >= cpu_seconds:
+            if reached():
                 return True
             time.sleep(0.005)
         return False
+
+    def _used(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _poll(self) -> int | None:
         if self.code is None:
