@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, arXiv 2010.02502): the step, its inverse, guidance, sampling runs.
+"""DDIM (Song et al. 2021, arXiv 2010.02502): the step, its inverse, sampling runs.
 
 Legend: x is a noisy latent x_t [B, 4, h, w]; eps the predicted noise of the same shape; `alphas` is
 alpha-bar with the chain's end appended, float [T + 1], so that t = -1 means "after the last step".
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..runtime.errors import UsageError
 from ..runtime.seeds import sample_generator
+from .guidance import guided_output
 
 if TYPE_CHECKING:
     from .load import LatentDiffusion
@@ -70,26 +71,10 @@ def ddim_inverse_step(x: Tensor, eps: Tensor, t_prev: int, t: int, alphas: Tenso
     return ddim_step(x, eps, t_prev, t, alphas)
 
 
-def guided_output(
-    model: LatentDiffusion, x: Tensor, t: int | Tensor, cond: Tensor, uncond: Tensor, scale: float
-) -> Tensor:
-    """The U-Net's output under classifier-free guidance; one call on the doubled batch.
-
-    cond: [B, L, D]; uncond: [1 or B, L, D]. A scale of 1 needs no unconditional half.
-    """
-    dtype = model.unet.dtype
-    if scale == 1:
-        return model.unet(x.to(dtype), t, cond.to(dtype)).sample.to(x.dtype)
-    text = torch.cat([uncond.to(cond).expand_as(cond), cond]).to(dtype)
-    doubled = torch.cat([x, x]).to(dtype)
-    low, high = model.unet(doubled, t, text).sample.to(x.dtype).chunk(2)
-    return low + scale * (high - low)
-
-
 def guided_eps(
     model: LatentDiffusion, x: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance_scale: float
 ) -> Tensor:
-    """Predicted noise at x_t under classifier-free guidance (Ho and Salimans 2022, equation 6)."""
+    """Predicted noise at x_t under classifier-free guidance."""
     return to_eps(guided_output(model, x, t, cond, uncond, guidance_scale), x, t, model.scheduler)
 
 

@@ -28,6 +28,7 @@ from .ddim import (
     sample,
     to_eps,
 )
+from .guidance import output_halves
 
 if TYPE_CHECKING:
     from .load import LatentDiffusion
@@ -85,10 +86,7 @@ def eps_halves(
     model: LatentDiffusion, x: Tensor, t: int, prompts: Prompts
 ) -> tuple[Tensor, Tensor]:
     """(eps_u, eps_c) at x_t: one U-Net call on the doubled batch."""
-    cond, uncond = prompts
-    text = torch.cat([uncond.to(cond).expand_as(cond), cond]).to(model.unet.dtype)
-    output = model.unet(torch.cat([x, x]).to(model.unet.dtype), t, text).sample.to(x.dtype)
-    low, high = output.chunk(2)
+    low, high = output_halves(model, x, t, *prompts)
     return to_eps(low, x, t, model.scheduler), to_eps(high, x, t, model.scheduler)
 
 

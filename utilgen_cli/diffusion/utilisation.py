@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .guidance import guided_output
+
 if TYPE_CHECKING:
     from .load import LatentDiffusion
 
 
 @torch.no_grad()
 def image_flops(model: LatentDiffusion, steps: int, guidance_scale: float) -> int:
-    """Floating-point operations of one image: `steps` U-Net calls (two rows each under guidance)
-    and one decoding; counted on one row of each."""
-    x = torch.zeros(1, *model.latent_shape, device=model.device, dtype=model.dtype)
-    context = torch.zeros(
+    """Floating-point operations of one image: `steps` U-Net calls (under guidance of two rows) and
+    one decoding; counted on one image of each."""
+    x = torch.zeros(1, *model.latent_shape, device=model.device)
+    text = torch.zeros(
         1, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim,
-        device=model.device, dtype=model.dtype,
+        device=model.device,
     )  # fmt: skip
-    with FlopCounterMode(display=False) as denoising:
-        model.unet(x, 0, context)
-    with FlopCounterMode(display=False) as decoding:
-        model.decode(x)
-    rows = steps * (1 if guidance_scale == 1 else 2)
-    return rows * denoising.get_total_flops() + decoding.get_total_flops()
+    with torch.compiler.set_stance("force_eager"):
+        with FlopCounterMode(display=False) as denoising:
+            guided_output(model, x, 0, text, text, guidance_scale)
+        with FlopCounterMode(display=False) as decoding:
+            model.decode(x)
+    return steps * denoising.get_total_flops() + decoding.get_total_flops()
 
 
 @torch.no_grad()
