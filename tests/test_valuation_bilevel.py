@@ -63,11 +63,13 @@ def test_one_jvp_is_double_backward_in_fp64(arch):
 
 
 # MobileNet's batch norm over few values amplifies fp32's rounding: there either of the two is far
-# from what fp64 says, and they are this near to each other.
+# from what fp64 says, and they are this near to each other. The ViT's matrix products depend on the
+# processor: 6e-8 with AVX2's kernels, 1.2e-6 with those of AVX-512 for AMX, where in three batches
+# double backward itself is 1.4e-6 from fp64's.
 @pytest.mark.parametrize(
     ("arch", "tolerance"),
     [("small-cnn", 1e-6), ("resnet18", 1e-6), ("resnet50", 1e-6), ("mobilenetv2_100", 5e-6),
-     ("vit", 1e-6)],
+     ("vit", 2e-6)],
 )  # fmt: skip
 def test_one_jvp_is_double_backward_in_fp32(arch, tolerance):
     model, net, batch, val = make(arch, torch.float32, n=16)

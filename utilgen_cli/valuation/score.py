@@ -92,13 +92,14 @@ class Scorer:
                 judged, labels = self._judge(batch)
                 facts = self._facts(judged, labels, memory.nearest(judged.features))
                 task.advance(len(batch))
-                packed = pack_features(judged.features.cpu().numpy())
+                features = judged.features.cpu()
+                packed = pack_features(features.numpy())
                 for i, (sample, entry) in enumerate(zip(batch, facts, strict=True)):
                     self._count(sample.label, entry)
                     if self.agreed and entry["predicted"] != sample.label:
                         continue
                     entry["features"] = packed[i]
-                    yield sample.with_member(UTILITY, encode_json(entry)), judged.features[i].cpu()
+                    yield sample.with_member(UTILITY, encode_json(entry)), features[i]
 
     def _count(self, label: int, facts: dict[str, Any]) -> None:
         if label not in self.classes:

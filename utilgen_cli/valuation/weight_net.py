@@ -47,14 +47,15 @@ class WeightNet(nn.Module):
 
     def see(self, losses_b: Tensor) -> None:
         """Widen the trained range to these losses."""
-        first = not bool(self.high > self.low)
+        seen = self.high > self.low  # a tensor: asking for its value would stop a GPU
         low, high = losses_b.min().detach(), losses_b.max().detach()
-        self.low.copy_(low if first else torch.minimum(self.low, low))
-        self.high.copy_(high if first else torch.maximum(self.high, high))
+        self.low.copy_(torch.where(seen, torch.minimum(self.low, low), low))
+        self.high.copy_(torch.where(seen, torch.maximum(self.high, high), high))
 
     def logit(self, losses_b: Tensor) -> Tensor:
         """The score before the sigmoid, [B]; differentiable with respect to the losses."""
-        x = into_range(losses_b, self.low, self.high) if bool(self.high > self.low) else losses_b
+        inside = into_range(losses_b, self.low, self.high)
+        x = torch.where(self.high > self.low, inside, losses_b)
         return self.out(torch.relu(self.hidden(x[:, None])))[:, 0]
 
     def forward(self, losses_b: Tensor) -> Tensor:
