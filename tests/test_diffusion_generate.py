@@ -6,7 +6,9 @@ import io
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from utilgen_cli.diffusion import ddim, render
@@ -23,7 +26,7 @@ from utilgen_cli.diffusion.generate import GenerateConfig, Generator, known_clas
 from utilgen_cli.diffusion.noise import NoiseConfig
 from utilgen_cli.diffusion.policy import Policy
 from utilgen_cli.diffusion.utilisation import image_flops
-from utilgen_cli.runtime.errors import BadInput, UsageError
+from utilgen_cli.runtime.errors import BadInput, UsageError, UtilgenError
 from utilgen_cli.shards.sample import Sample
 
 from .random_bundle import CLASSES, SIZE, make_bundle
@@ -89,6 +92,29 @@ def test_bytes_do_not_depend_on_the_company(
 ) -> None:
     for sample in generator.draw(items):
         assert sample.members == drawn[sample.key].members
+
+
+def test_a_compiled_unet_draws_the_same_pictures_and_is_compiled_once(
+    bundle: Path, drawn: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as always, but its kernels are not built: that takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    generator = Generator(GenerateConfig(str(bundle), seed=7, compile=True), **CPU)
+    counters.clear()
+    for part in (PLAN[:5], PLAN[5:]):
+        for sample in generator.draw(part):
+            assert np.abs(pixels(sample) - pixels(drawn[sample.key])).max() <= 1
+    assert image_flops(generator.model, 4, 3.0) > 0  # of one row
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    model: Any = SimpleNamespace(unet=torch.nn.Tanh())
+    render.compile_unet(model)
+    with pytest.raises(UtilgenError, match="--compile: the U-Net cannot be compiled"):
+        model.unet(torch.ones(3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

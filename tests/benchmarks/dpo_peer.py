@@ -50,8 +50,8 @@ class Side:
         return median((long - short) / steps for short, long in runs)
 
 
-def make_model(path: Path, size: int, divide: int) -> None:
-    """Stable Diffusion 2.1, every width divided by `divide`, random weights."""
+def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a",)) -> None:
+    """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -78,7 +78,7 @@ def make_model(path: Path, size: int, divide: int) -> None:
         scheduler=make_scheduler("v_prediction"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path)  # fmt: skip
-    (path / "utilgen.json").write_text(encode_json({"size": size, "classes": ["a"]}).decode())
+    (path / "utilgen.json").write_text(encode_json({"size": size, "classes": classes}).decode())
 
 
 def make_pairs(path: Path, size: int, pairs: int) -> None:

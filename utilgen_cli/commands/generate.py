@@ -35,6 +35,7 @@ def generate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at once on a GPU (the CPU takes few always).")
     ] = None,
+    compile: o.Compile = False,
     format: Annotated[str, typer.Option(help="png, webp (lossless) or jpg.")] = "png",
     output: o.StreamOutput = "-",
     shard_size: o.ShardSize = 1000,
@@ -63,6 +64,7 @@ def generate(
     config = GenerateConfig(
         model_named(model, tokens), seed, tokens, tuple(adapter or ()), policy,
         parse_classes(classes), prompt, steps, guidance_scale, sampler, batch_size, format,
+        compile,
     )  # fmt: skip
     plan = plan_items(len(known_classes(config)), per_class, start)
     generator = LazyGenerator(config, device, precision, reporter(quiet))

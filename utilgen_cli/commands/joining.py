@@ -221,7 +221,9 @@ class PolicyRun(LazyGenerator):
         found = super().summary()
         if self.policy is None or not isinstance(self.generator, PolicyGenerator):
             return found
-        return {**found, **self.policy.summary, "noise": self.generator.noise_figures(),
+        learnt = {"learning_seconds" if k == "seconds" else k: v
+                  for k, v in self.policy.summary.items()}  # fmt: skip
+        return {**found, **learnt, "noise": self.generator.noise_figures(),
                 "sampling_unet_latents": self.calls.latents}  # fmt: skip
 
     def line(self) -> str:

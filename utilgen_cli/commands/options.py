@@ -58,6 +58,9 @@ Device = Annotated[
 Precision = Annotated[
     str | None, typer.Option("--precision", help="fp32, fp16 or bf16. Default: fp32 on the CPU.")
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the U-Net: a minute first, then faster.")
+]
 Part = Annotated[
     str | None,
     typer.Option("--part", help="I/N: every N-th shard from the I-th (from 0); or rank, slurm."),

@@ -21,7 +21,7 @@ from .class_adapters import acting
 from .ddim import SAMPLERS, initial_noise, sample
 from .load import class_prompts, load_model, quiet_libraries
 from .policy import Policy, load_policy
-from .render import Item, prefer_channels_last, render, tile
+from .render import Item, compile_unet, prefer_channels_last, render, tile
 from .tokens import read_index
 from .utilisation import image_flops, matrix_rate
 
@@ -44,6 +44,7 @@ class GenerateConfig:
     sampler: str = "ddim"
     batch_size: int | None = None
     image_format: str = "png"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -156,6 +157,8 @@ class Generator:
     def draw(self, items: Sequence[Item], progress: Progress = silent) -> Iterator[Sample]:
         """The samples of `items`, in order."""
         rows, format = tile(self.model, self.config.batch_size), self.config.image_format
+        if self.config.compile:
+            compile_unet(self.model)
         with progress("draw", len(items)) as task:
             for item, image in render(self.model, items, self.latents, rows, format):
                 yield generated_sample(item, image, format, self.facts(item))
@@ -210,9 +213,12 @@ class LazyGenerator:
     def summary(self) -> dict[str, Any]:
         """What the run drew."""
         rate = self.images / self.seconds if self.seconds else 0.0
-        return {"samples": self.images, "seconds": round(self.seconds, 3),
-                "images_per_second": round(rate, 3), **self.utilisation(),
-                **self.about()}  # fmt: skip
+        found = {"samples": self.images, "seconds": round(self.seconds, 3),
+                 "images_per_second": round(rate, 3), **self.utilisation(),
+                 **self.about()}  # fmt: skip
+        if self.device.type == "cuda":
+            found["gpu_peak_mib"] = torch.cuda.max_memory_allocated(self.device) >> 20
+        return found
 
     def line(self) -> str:
         """The summary for people."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..runtime import signals
 from ..runtime.errors import UtilgenError
 from ..shards.images import encode_image
+from .bundle import first_line
 
 if TYPE_CHECKING:
     from torch.cuda import Event
@@ -47,6 +48,27 @@ def prefer_channels_last(model: LatentDiffusion) -> None:
     model.vae.to(memory_format=torch.channels_last)
     if model.device.type == "cuda":
         model.unet.to(memory_format=torch.channels_last)
+
+
+def compile_unet(model: LatentDiffusion) -> None:
+    """torch.compile the U-Net for drawing; the first call of each shape then takes a minute.
+
+    A call raises UtilgenError where this machine has no compiler that works.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    if "forward" in vars(model.unet):
+        return
+    compiled = torch.compile(model.unet.forward, dynamic=False)
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        try:
+            return compiled(*inputs, **options)
+        except TorchDynamoException as error:
+            why = f"the U-Net cannot be compiled ({first_line(error, type(error).__name__)})"
+            raise UtilgenError("--compile", why, "Leave it out.") from error
+
+    model.unet.forward = forward
 
 
 def render(
