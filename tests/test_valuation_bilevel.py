@@ -59,7 +59,7 @@ def test_one_jvp_is_double_backward_in_fp64(arch):
     two = meta_gradient_exact_double(model, net, batch, val, eta=0.05)
     assert torch.cat([g.flatten() for g in two.phi_gradient]).norm() > 0
     assert distance(one.phi_gradient, two.phi_gradient) < 1e-12
-    assert one.val_loss == pytest.approx(two.val_loss, rel=1e-12)
+    assert one.val_loss.item() == pytest.approx(two.val_loss.item(), rel=1e-12)
 
 
 # MobileNet's batch norm over few values amplifies fp32's rounding: there either of the two is far

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..runtime.device import sent
 from ..runtime.errors import UsageError
 from ..runtime.seeds import sample_generator
 from .guidance import guided_output
@@ -141,7 +142,7 @@ def initial_noise(model: LatentDiffusion, seed: int, items: Sequence[tuple[int, 
 
     The draw is made on the CPU in float32, so device, precision and batch do not change it.
     """
-    return torch.stack(list(_noises(seed, items, model.latent_shape))).to(model.device)
+    return sent(torch.stack(list(_noises(seed, items, model.latent_shape))), model.device)
 
 
 def _noises(

@@ -130,7 +130,7 @@ class Generator:
 
     def unconditional(self, items: Sequence[Item]) -> Tensor:
         """The empty prompt's embedding for the items, [1 or B, L, D]."""
-        return self.uncond if len(self.uncond) == 1 else self.uncond[[c for c, _ in items]]
+        return self.uncond if len(self.uncond) == 1 else rows(self.uncond, [c for c, _ in items])
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """Finished latents [B, 4, h, w] of the items."""
@@ -139,7 +139,7 @@ class Generator:
         with acting(self.model, classes):
             if self.policy is not None:
                 return self.policy.sample(self.model, noise, items, *how)[0]
-            return sample(self.model, noise, self.embeds[classes], *how)
+            return sample(self.model, noise, rows(self.embeds, classes), *how)
 
     def facts(self, item: Item) -> dict[str, Any]:
         """Where the image of `item` comes from: its `json` member."""
@@ -163,6 +163,11 @@ class Generator:
             for item, image in render(self.model, items, self.latents, rows, format):
                 yield generated_sample(item, image, format, self.facts(item))
                 task.advance()
+
+
+def rows(x: Tensor, at: Sequence[int]) -> Tensor:
+    """x[at], but a list of numbers would be copied to a GPU, which makes the host wait."""
+    return torch.stack([x[i] for i in at])
 
 
 class LazyGenerator:

@@ -105,5 +105,6 @@ def guided_output(
 
 
 def timestep(t: int | Tensor, x: Tensor) -> Tensor:
-    """As a tensor: a number would be compiled anew each time."""
-    return torch.as_tensor(t, device=x.device)
+    """As a tensor that is filled where x is: a copied number would make the host wait, and would be
+    compiled anew each time."""
+    return t if isinstance(t, Tensor) else torch.full((), t, device=x.device)

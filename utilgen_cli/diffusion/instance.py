@@ -152,7 +152,7 @@ class PolicyGenerator(Generator):
 
     policy: Policy
     more_facts: dict[str, Any]
-    figures: list[dict[str, float]]
+    figures: list[dict[str, Tensor]]
 
     @classmethod
     def adopt(cls, generator: Generator, policy: Policy, facts: dict[str, Any]) -> PolicyGenerator:
@@ -181,4 +181,4 @@ class PolicyGenerator(Generator):
     def noise_figures(self) -> dict[str, float]:
         """Means over the batches that were drawn."""
         names = self.figures[0] if self.figures else {}
-        return {n: sum(f[n] for f in self.figures) / len(self.figures) for n in names}
+        return {n: sum(f[n].item() for f in self.figures) / len(self.figures) for n in names}

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.errors import UsageError
@@ -193,7 +194,7 @@ def sample_optimised(
     guidance_scale: float,
     config: NoiseConfig,
     sampler: str = "ddim",
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents [B, 4, h, w] from optimised noise, and `describe_noise` of that noise."""
     config = config.at_steps(model.scheduler, steps)
     if config.mode == "zigzag":
@@ -204,8 +205,9 @@ def sample_optimised(
     return latents, describe_noise(better, noise)
 
 
-def describe_noise(noise: Tensor, before: Tensor) -> dict[str, float]:
+def describe_noise(noise: Tensor, before: Tensor) -> dict[str, Tensor]:
     """Norm and whiteness of noise [B, 4, h, w]; white unit noise has norm 1 and correlations 0.
+    Scalars on the noise's device, so that nobody waits for them.
 
     `neighbours` is the correlation of horizontal and vertical neighbours, `channels` the mean
     absolute correlation between channels, `mean` the absolute mean; `moved` the relative distance
@@ -220,17 +222,16 @@ def describe_noise(noise: Tensor, before: Tensor) -> dict[str, float]:
         (x[..., 1:, :] * x[..., :-1, :]).mean((1, 2, 3)),
     )
     flat = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
-    pooled = torch.corrcoef(
-        flat.transpose(0, 1).flatten(1)
-    )  # over all images: [channels, channels]
+    rows = F.normalize(flat.transpose(0, 1).flatten(1), dim=1)  # over all images
+    pooled = rows @ rows.T  # [channels, channels]
     off = pooled - torch.diag(pooled.diagonal())
     channels = len(off)
     return {
-        "norm": float((x.flatten(1).norm(dim=1) / d**0.5).mean()),
-        "mean": float(x.mean((1, 2, 3)).abs().mean()),
-        "neighbours": float(((pairs[0] + pairs[1]) / (2 * power)).mean()),
-        "channels": float(off.abs().sum() / max(1, channels * (channels - 1))),
-        "moved": float(moved.mean()),
+        "norm": (x.flatten(1).norm(dim=1) / d**0.5).mean(),
+        "mean": x.mean((1, 2, 3)).abs().mean(),
+        "neighbours": ((pairs[0] + pairs[1]) / (2 * power)).mean(),
+        "channels": off.abs().sum() / max(1, channels * (channels - 1)),
+        "moved": moved.mean(),
     }
 
 

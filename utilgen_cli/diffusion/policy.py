@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..runtime.checkpoint import save_tensors
+from ..runtime.device import sent
 from ..runtime.errors import BadInput, NoInput
 from ..runtime.files import write_json
 from .noise import NoiseConfig, sample_optimised
@@ -70,9 +71,9 @@ class Policy:
         steps: int,
         guidance_scale: float,
         sampler: str = "ddim",
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents [B, 4, h, w] of the items from their starting noise, and figures of the noise."""
-        prompts = (self.embeds(items).to(noise.device, model.dtype), uncond)
+        prompts = (sent(self.embeds(items), noise.device).to(model.dtype), uncond)
         return sample_optimised(model, noise, prompts, steps, guidance_scale, self.noise, sampler)
 
     def save(self, directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from .errors import UsageError
 from .ranks import world
@@ -38,3 +39,9 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"--precision {name}", "unknown", f"Use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x of the CPU on `device`. A plain copy waits until a GPU has done all that it was given; this
+    one does not."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -46,7 +46,7 @@ class MetaStep:
 
     inner: InnerStep
     phi_gradient: tuple[Tensor, ...]  # dL_val(theta') / dphi, one a parameter of W
-    val_loss: float
+    val_loss: Tensor  # L_val(theta'), a scalar
 
 
 def trainable(model: nn.Module) -> Named:
@@ -154,7 +154,7 @@ def meta_gradient_jvp(
     v = torch.autograd.grad(val_loss, list(moved.values()))
     products = loss_jvp(model, batch, dict(zip(theta, v, strict=True)), noise)
     phi_gradient = torch.autograd.grad(inner.w @ (-eta * products), list(weight_net.parameters()))
-    return MetaStep(inner, phi_gradient, val_loss.item())
+    return MetaStep(inner, phi_gradient, val_loss.detach())
 
 
 def loss_jvp(model: nn.Module, batch: Batch, tangent: Named, noise: int = 0) -> Tensor:
@@ -187,7 +187,7 @@ def meta_gradient_exact_double(
             val_loss = losses_at(model, moved, copied_buffers(model), validation).mean()
         phi_gradient = torch.autograd.grad(val_loss, list(weight_net.parameters()))
     inner.gradient = tuple(g.detach() for g in inner.gradient)
-    return MetaStep(inner, phi_gradient, val_loss.item())
+    return MetaStep(inner, phi_gradient, val_loss.detach())
 
 
 META_GRADIENTS = {"jvp": meta_gradient_jvp, "exact-double": meta_gradient_exact_double}

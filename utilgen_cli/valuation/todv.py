@@ -29,6 +29,7 @@ from ..runtime.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from ..runtime.device import sent
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed, step_generator
@@ -104,7 +105,8 @@ class Trajectory:
         self.validated = [pool.validated_on(k) for k in range(config.folds)]
         self._refuse_empty_folds()
         self.history: list[dict[str, float]] = []
-        self.step, self.outer = 0, 0.0
+        self.step = 0
+        self.outer: Tensor | float = 0.0  # the outer loss of the last outer step
 
     def _refuse_empty_folds(self) -> None:
         real = [len(real) for real, _ in self.trained]
@@ -129,7 +131,7 @@ class Trajectory:
 
     def _advance_one(self, k: int) -> None:
         batch, at = self._batch(k)
-        shown = self.shown[at].to(self.device) if self.cross_fit else None
+        shown = sent(self.shown[at], self.device) if self.cross_fit else None
         inner = self._inner(k, batch, shown)
         for group in self.optimizers[k].param_groups:
             group["lr"] = learning_rate(self.step, self.config.inner())
@@ -169,8 +171,8 @@ class Trajectory:
         x = to_float(self.pool.images[at])
         if draws is not None:
             x = augment_batch(self.config.augment, x, draws)
-        x = x.to(self.device, memory_format=torch.channels_last)
-        return x, self.pool.labels[at].to(self.device)
+        x = sent(x, self.device).contiguous(memory_format=torch.channels_last)
+        return x, sent(self.pool.labels[at], self.device)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -184,7 +186,7 @@ class Trajectory:
             else:
                 self.shown.fill_(0.0)  # equal weights until the classifiers know something
         weights = self.weight_net(self.shown.to(self.device)).cpu()
-        row = {"step": float(self.step), "outer_loss": self.outer}
+        row = {"step": float(self.step), "outer_loss": float(self.outer)}
         for name, role in ROLES.items():
             if bool((self.pool.roles == role).any()) and self.cross_fit:
                 row[f"weight_{name}"] = weights[self.pool.roles == role].mean().item()
@@ -210,7 +212,7 @@ class Trajectory:
         self.step, self.outer, self.history = meta["step"], meta["outer"], meta["history"]
 
     def meta(self) -> dict[str, Any]:
-        return {"step": self.step, "outer": self.outer, "history": self.history}
+        return {"step": self.step, "outer": float(self.outer), "history": self.history}
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -271,7 +273,7 @@ def train_trajectory(
             for number, step in enumerate(config.snapshot_steps()):
                 if step == run.step:
                     save_snapshot(run, directory / snapshot_name(number))
-            task.advance(outer_loss=run.outer)
+            task.advance(outer_loss=run.history[-1]["outer_loss"])
             if signals.stop_requested() or time.monotonic() - last > SAVE_EVERY:
                 save_checkpoint(checkpoint, run.tensors(), run.meta())
                 signals.check()
