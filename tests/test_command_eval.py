@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from utilgen_cli.classification.models import build_classifier, load_classifier
+from utilgen_cli.classification.models import load_classifier
 from utilgen_cli.classification.team import Team
 from utilgen_cli.commands.evaluate_options import named, open_inputs, read_value
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
@@ -95,10 +94,9 @@ def test_two_processes_train_one_classifier_as_one_does(
     utilgen(*options, "one", "--workers", "1")
     [one], [two] = ([*tmp_path.glob(f"{name}/*.safetensors")] for name in ("one", "two"))
     trained = [load_classifier(path).state_dict() for path in (one, two)]
-    fresh = build_classifier(f"open_clip-lora:{CLIP}", 3, 16).state_dict()
-    for name, weight in trained[0].items():
-        torch.testing.assert_close(trained[1][name], weight, atol=1e-5, rtol=1e-4)
-    assert not torch.equal(trained[0]["head.weight"], fresh["head.weight"])
+    for name, weight in trained[0].items():  # where a gradient is nearly 0, Adam moves by its noise
+        assert (trained[1][name] - weight).norm() <= 2e-4 * weight.norm(), name
+        assert "lora_B" not in name or weight.any()  # it started at 0
 
 
 def test_several_processes_need_a_directory_to_meet_in(monkeypatch: pytest.MonkeyPatch) -> None:
