@@ -165,7 +165,7 @@ def slurm(options: Options) -> str:
             "differs": sorted(k for k in {**a, **b} if a.get(k) != b.get(k)),
         })  # fmt: skip
     lines = [
-        f"`SMOKE=1 submit.sh tiny real val test 2 8` on faked sbatch and scontrol: 9 jobs, 12 "
+        f"`SMOKE=1 submit.sh tiny real val test 2 8` on faked sbatch and scontrol: 10 jobs, 13 "
         f"tasks, {seconds:.0f} s undisturbed. Then each job is aimed at once, at a random moment "
         f"(seed {options.seed}); those still at work are preempted and put themselves back.",
         "",
