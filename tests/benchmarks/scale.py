@@ -108,7 +108,7 @@ def over_classes(work: Path, images: int = 1000) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def over_processes(work: Path, images: int = 400) -> Iterator[Row]:
+def over_processes(work: Path, images: int = 1000) -> Iterator[Row]:
     """The same images by one process and by two that share the shards."""
     for n in (1, 2):
         command = ("generate", "-m", "tiny", "--per-class", images // 10, "--steps", 10,
