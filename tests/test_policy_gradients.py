@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+from utilgen_cli.diffusion.noise import counted
 from utilgen_cli.diffusion.prompt_search import accumulate
-from utilgen_cli.diffusion.rollout import GradSteps, Rollout
+from utilgen_cli.diffusion.rollout import GradSteps, Rollout, default_chunk
 from utilgen_cli.runtime.errors import UsageError
 
 STEPS, SCALE = 6, 2.5
@@ -70,13 +71,11 @@ def oracle(
     return cond.grad
 
 
-def ours(
-    model: SimpleNamespace, grad_steps: str, chunk: int = 100, checkpointed: bool = False
-) -> torch.Tensor:
+def ours(model: SimpleNamespace, grad_steps: str, chunk: int = 100) -> torch.Tensor:
     """The gradient as prompt optimisation takes it."""
     noise, cond, uncond = inputs()
     cond = cond.requires_grad_()
-    rollout = Rollout(model, uncond, STEPS, SCALE, GradSteps.parse(grad_steps), checkpointed)  # type: ignore[arg-type]
+    rollout = Rollout(model, uncond, STEPS, SCALE, GradSteps.parse(grad_steps))  # type: ignore[arg-type]
     chosen = rollout.grad_steps.choose(rollout.timesteps(), torch.Generator().manual_seed(0))
 
     def gradient_of(images: torch.Tensor) -> torch.Tensor:
@@ -95,9 +94,77 @@ def test_all_equals_the_full_graph(kind: str) -> None:
     model = tiny_model(kind)
     expected = oracle(model, *inputs())
     assert expected.norm() > 1e-6
-    for options in ({}, {"checkpointed": True}, {"chunk": 1}, {"chunk": 2, "checkpointed": True}):
-        got = ours(model, "all", **options)  # type: ignore[arg-type]
-        assert (got - expected).norm() / expected.norm() < 1e-9, options
+    for chunk in (3 * STEPS, 3 * STEPS - 1, 3, 2, 1):
+        got = ours(model, "all", chunk)
+        assert (got - expected).norm() / expected.norm() < 1e-9, chunk
+
+
+@pytest.mark.parametrize(("grad_steps", "calls"), [("all", 2 * STEPS), ("last:2", STEPS + 2),
+                                                   ("random:2", STEPS + 2), ("x0@480", 3 + 1)])  # fmt: skip
+def test_a_step_at_a_time_is_the_same_gradient(grad_steps: str, calls: int) -> None:
+    """Beyond the drawing, one U-Net call for every step with gradient."""
+    model = tiny_model()
+    expected = ours(model, grad_steps)
+    with counted(model.unet) as count:
+        got = ours(model, grad_steps, chunk=2)
+    assert (got - expected).norm() / expected.norm() < 1e-9
+    assert count.calls == 2 * calls  # two chunks
+
+
+def test_a_step_at_a_time_holds_one_step() -> None:
+    """The most that is saved for backward at once does not grow with the steps."""
+    model = tiny_model()
+    noise, cond, uncond = inputs()
+
+    def most(steps: int) -> int:
+        held = highest = 0
+
+        class Saved:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                nonlocal held, highest
+                self.tensor = tensor
+                held += tensor.numel()
+                highest = max(highest, held)
+
+            def __del__(self) -> None:
+                nonlocal held
+                held -= self.tensor.numel()
+
+        rollout = Rollout(model, uncond, steps, SCALE)  # type: ignore[arg-type]
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            leaf = cond.clone().requires_grad_()
+            accumulate(rollout, leaf, noise, set(range(steps)), torch.ones_like, 3)
+        assert held == 0
+        return highest
+
+    assert 0 < most(8) == most(2)
+
+
+@pytest.mark.parametrize(("device", "gigabytes", "dtype", "expected"), [
+    ("cpu", 0, torch.float32, 1), ("cuda", 8, torch.float32, 1), ("cuda", 24, torch.float32, 2),
+    ("cuda", 80, torch.bfloat16, 14)])  # fmt: skip
+def test_a_gpu_holds_what_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, gigabytes: int, dtype: torch.dtype, expected: int
+) -> None:
+    """Images of 512 px beside no weights to speak of, in four fifths of the memory."""
+    found = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    part = torch.nn.Linear(1, 1)
+    model = SimpleNamespace(
+        latent_shape=(4, 64, 64), device=torch.device(device), dtype=dtype, unet=part, vae=part,
+        text_encoder=part,
+    )  # fmt: skip
+    assert default_chunk(model) == expected  # type: ignore[arg-type]
+
+
+def test_without_a_gradient_the_whole_run_is_drawn() -> None:
+    """What is judged is the same for every --grad-steps."""
+    model = tiny_model()
+    noise, cond, uncond = inputs()
+    ways = [Rollout(model, uncond, STEPS, SCALE, GradSteps.parse(g)) for g in ("all", "x0@480")]  # type: ignore[arg-type]
+    with torch.no_grad():
+        whole, x0 = (way.images(noise, cond, set()) for way in ways)
+    torch.testing.assert_close(x0, whole, rtol=0, atol=0)
 
 
 def test_truncation_keeps_less_and_less_of_the_gradient() -> None:

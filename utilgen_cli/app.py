@@ -69,7 +69,7 @@ def _translate(error: BaseException) -> UtilgenError:
     if isinstance(error, OSError) and error.errno is not None:
         return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
     if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return UtilgenError("memory", "not enough of it", "Lower --batch-size.")
+        return UtilgenError("memory", "not enough of it", "Lower --batch-size or --chunk.")
     text = str(error).strip().splitlines() or [""]
     why = f"{type(error).__name__}: {text[0]}"
     return UtilgenError("unexpected error", why, "See more with --debug.")

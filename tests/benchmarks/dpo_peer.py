@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -50,9 +51,30 @@ class Side:
         return median((long - short) / steps for short, long in runs)
 
 
+def make_unet(size: int, divide: int) -> Any:
+    """The U-Net of Stable Diffusion 2.1, every width divided by `divide`, random weights."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=size // 8, block_out_channels=[w // divide for w in (320, 640, 1280, 1280)],
+        cross_attention_dim=1024 // divide, attention_head_dim=HEADS, norm_num_groups=32 // min(divide, 4), use_linear_projection=True,
+    )  # fmt: skip
+
+
+def make_vae(size: int, divide: int) -> Any:
+    """Its VAE likewise."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=[w // divide for w in (128, 256, 512, 512)], layers_per_block=2,
+        norm_num_groups=32 // min(divide, 4), sample_size=size, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
 def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a",)) -> None:
     """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from ..random_bundle import make_scheduler, make_tokenizer
@@ -64,17 +86,9 @@ def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a"
         num_hidden_layers=23, num_attention_heads=16 // divide, max_position_embeddings=40, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=size // 8, block_out_channels=[w // divide for w in (320, 640, 1280, 1280)],
-        cross_attention_dim=1024 // divide, attention_head_dim=HEADS, norm_num_groups=32 // min(divide, 4), use_linear_projection=True,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=[w // divide for w in (128, 256, 512, 512)], layers_per_block=2,
-        norm_num_groups=32 // min(divide, 4), sample_size=size, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
     StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        vae=make_vae(size, divide), text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        unet=make_unet(size, divide),
         scheduler=make_scheduler("v_prediction"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path)  # fmt: skip

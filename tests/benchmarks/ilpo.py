@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks ilpo                        the tiny bundle
     python -m tests.benchmarks ilpo --divide 1             Stable Diffusion 2.1 with random weights
-        [--size 512 --classes 10 --images 500 --iterations 40 --checkpointing --chunk 1 ...]
+        [--size 512 --classes 10 --images 500 --iterations 40 --chunk 1 ...]
 
 What was measured is stretched to 50,000 images of 100 classes: learning goes with the classes,
 drawing with the images. The scorer is a ResNet-50 at 64 px; the small CLIP of the tiny bundle guards.
@@ -70,9 +70,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--population", type=int, default=4)
     parser.add_argument("--search-steps", type=int, default=5)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--chunk", type=int)
     parser.add_argument("--precision")
-    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args(list(arguments))
     with tempfile.TemporaryDirectory() as folder:
@@ -91,13 +90,14 @@ def main(arguments: Sequence[str] = ()) -> None:
              "--size", "64", "--smoke", "-q", "-o", str(work / "value")], work / "value.log")  # fmt: skip
         options = {
             "--iterations": args.iterations, "--population": args.population, "--noise": "single",
-            "--search-steps": args.search_steps, "--steps": args.steps, "--chunk": args.chunk,
+            "--search-steps": args.search_steps, "--steps": args.steps,
             "--per-class": -(-args.images // len(names)), "--clip": CLIP, "--clip-weight": 0,
             "--max-fidelity-drop": 1, "--value": work / "value", "-m": model, "-o": work / "out",
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
         words += ["--precision", args.precision] if args.precision else []
-        words += ["--checkpointing"] * args.checkpointing + ["--compile"] * args.compile
+        words += ["--chunk", str(args.chunk)] if args.chunk else []
+        words += ["--compile"] * args.compile
         log = work / "ilpo.log"
         used, _, peak = run([*utilgen, "ilpo", *words, "-q", "--json"], log)
         found = json.loads(log.read_text().splitlines()[-1])

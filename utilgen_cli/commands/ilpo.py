@@ -30,8 +30,7 @@ def ilpo(
     rate: i.Rate = 0.02,
     grad_steps: i.GradStepsOption = "all",
     search_steps: i.SearchSteps = 5,
-    checkpointing: i.Checkpointing = False,
-    chunk: i.Chunk = 64,
+    chunk: i.Chunk = None,
     max_fidelity_drop: i.MaxFidelityDrop = 0.25,
     noise: i.Noise = "single",
     omega_l: i.OmegaL = 5.5,
@@ -86,8 +85,8 @@ def ilpo(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
     )
     instance = InstanceConfig(
-        parameters, population, grad_steps, search_steps, checkpointing, anchor_weight,
-        init, search,
+        parameters, population, grad_steps, search_steps, anchor_weight, init,
+        search,
         NoiseConfig(noise, omega_l, omega_w, refine),
     )  # fmt: skip
     aim = Aim(

@@ -60,12 +60,12 @@ GradStepsOption = Annotated[
     ),
 ]
 SearchSteps = Annotated[int, typer.Option(min=1, help="Sampling steps while optimising.")]
-Checkpointing = Annotated[
-    bool,
-    typer.Option("--checkpointing", help="Recompute U-Net and VAE: less memory, more time."),
-]
 Chunk = Annotated[
-    int, typer.Option(min=1, help="Images whose graph is held at once; 1 for 512 px on 24 GB.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images whose graph of one step is held at once. Default: what the GPU holds.",
+    ),
 ]
 MaxFidelityDrop = Annotated[
     float, typer.Option(help="End the run when label fidelity by CLIP falls by more (share).")

@@ -23,7 +23,7 @@ from .policy import Policy, load_policy
 from .prompt_inversion import PromptObjective
 from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
 from .prompts import PromptEmbeds, TokenEmbeds
-from .rollout import GradSteps, Rollout
+from .rollout import GradSteps, Rollout, default_chunk
 
 PARAMETERS = ("embeds", "tokens")
 
@@ -36,7 +36,6 @@ class InstanceConfig:
     population: int = 4
     grad_steps: str = "all"
     sampling_steps: int = 5  # while optimising
-    checkpointed: bool = False
     anchor_weight: float = 0.0  # of the real shots' denoising loss
     start: Path | None = None  # a policy whose prompts to begin with, instead of the class prompts
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -92,7 +91,7 @@ def learn_policy(
         prompts = PromptEmbeds(model, generator.prompts, config.population, seed)
     rollout = Rollout(
         model, generator.uncond.detach(), config.sampling_steps, generator.guidance_scale,
-        GradSteps.parse(config.grad_steps), config.checkpointed,
+        GradSteps.parse(config.grad_steps),
     )  # fmt: skip
     anchor = None
     if config.anchor_weight:
@@ -125,13 +124,14 @@ class ShotAnchor:
         self.objective, self.search, self.weight = objective, config.search, config.anchor_weight
         drawn = objective.prompts.theta.shape[:2].numel() * config.search.images
         self.rows = min(drawn, objective.rows)
+        self.chunk = self.search.chunk or default_chunk(objective.model)
 
     def backward(self, iteration: int) -> None:
         """Add its gradient to theta's."""
         generator = step_generator(self.search.seed, iteration, "ilpo-anchor")
         rows = torch.randperm(self.objective.rows, generator=generator)[: self.rows]
         draw = self.objective.draw(self.rows, generator)
-        for part in torch.arange(self.rows).split(self.search.chunk):
+        for part in torch.arange(self.rows).split(self.chunk):
             self.objective.errors(rows[part], draw.part(part)).sum().backward()
 
 

@@ -34,7 +34,7 @@ from ..runtime.seeds import derive_seed, step_generator
 from .ddim import initial_noise
 from .noise import Calls, counted
 from .prompts import rms
-from .rollout import Rollout
+from .rollout import Rollout, default_chunk
 
 
 class Anchor(Protocol):
@@ -69,7 +69,7 @@ class SearchConfig:
     validation_images: int = 8  # a class, on noise of their own
     patience: int = 4  # evaluations without a better iterate
     max_fidelity_drop: float = 0.25
-    chunk: int = 64  # images whose graph is held at once
+    chunk: int | None = None  # images whose graph of one step is held at once
     seed: int = 0
 
     def facts(self) -> dict[str, Any]:
@@ -112,23 +112,24 @@ def accumulate(
     gradient_of: Callable[[Tensor], Tensor],
     chunk: int,
 ) -> None:
-    """Add G dimages/dcond to what `cond` [B, L, D] depends on; a graph of `chunk` images at most.
+    """Add G dimages/dcond to what `cond` [B, L, D] depends on; of `chunk` images the graph of one
+    step is held, or as much.
 
-    A batch that fits is drawn once. A larger one is drawn without a graph for G (a term may value
-    the whole set), then chunk by chunk with it.
+    A run that fits is one graph. A larger one is drawn without, for G (a term may value the whole
+    set); then G is pulled back step by step and chunk by chunk.
     """
-    if len(noise) <= chunk:
+    if len(noise) * len(chosen) <= chunk:
         images = rollout.images(noise, cond, chosen)
         images.backward(gradient_of(images.detach()))
         return
-    with torch.no_grad():
-        parts = zip(noise.split(chunk), cond.split(chunk), strict=True)
-        images = torch.cat([rollout.images(x, p, chosen) for x, p in parts])
-    gradient = gradient_of(images)
-    leaf = cond.detach().requires_grad_()
-    for x, p, g in zip(noise.split(chunk), leaf.split(chunk), gradient.split(chunk), strict=True):
-        rollout.images(x, p, chosen).backward(g)
-    cond.backward(leaf.grad)
+    parts = list(zip(noise.split(chunk), cond.detach().split(chunk), strict=True))
+    drawn = [rollout.draw(x, p, chosen) for x, p in parts]
+    gradient = gradient_of(torch.cat([images for _, images in drawn])).split(chunk)
+    pulled = [
+        rollout.pull_back(run, p, chosen, g)
+        for (run, _), (_, p), g in zip(drawn, parts, gradient, strict=True)
+    ]
+    cond.backward(torch.cat(pulled))
 
 
 class PromptSearch:
@@ -149,6 +150,7 @@ class PromptSearch:
         self.rate = config.rate * rms(self.theta.detach())
         self.optimizer = torch.optim.Adam([self.theta], lr=self.rate, betas=(0.9, 0.99))
         self.state, self.calls = SearchState(), Calls()
+        self.chunk = config.chunk or default_chunk(rollout.model)
         self.best_theta = self.theta.detach().clone()
 
     def run(self, checkpoint: Path | None = None, progress: Progress = silent) -> Tensor:
@@ -206,7 +208,7 @@ class PromptSearch:
         def gradient_of(images: Tensor) -> Tensor:
             return image_gradients(self.terms, images, classes)[0]
 
-        accumulate(self.rollout, cond, noise, chosen, gradient_of, config.chunk)
+        accumulate(self.rollout, cond, noise, chosen, gradient_of, self.chunk)
         gradient = -self.member_gradients()
         if self.anchor is not None:
             self.anchor.backward(self.state.iteration)
@@ -264,7 +266,7 @@ class PromptSearch:
         noise = self.noise(classes, "ilpo-validation")
         with torch.no_grad():
             cond = self.prompts(classes, rows)
-            parts = zip(noise.split(self.config.chunk), cond.split(self.config.chunk), strict=True)
+            parts = zip(noise.split(self.chunk), cond.split(self.chunk), strict=True)
             images = torch.cat([self.rollout.images(x, p, set()) for x, p in parts])
             facts: dict[str, Any] = {
                 t.name: float(t.function(images, classes).mean()) for t in self.terms
