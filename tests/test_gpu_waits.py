@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from utilgen_cli.diffusion.class_adapters import WEIGHTS, ClassAdapters
 from utilgen_cli.diffusion.ddim import SAMPLERS
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator
 from utilgen_cli.diffusion.instance import PolicyGenerator
@@ -25,6 +28,7 @@ from utilgen_cli.diffusion.noise import MODES, NoiseConfig
 from utilgen_cli.diffusion.policy import Policy
 from utilgen_cli.diffusion.render import decode_pixels
 from utilgen_cli.runtime.device import sent
+from utilgen_cli.valuation.todv import Trajectory
 from utilgen_cli.valuation.weight_net import WeightNet
 
 from .random_bundle import CLASSES, make_bundle
@@ -46,6 +50,8 @@ class Gpu(FakeTensorMode):
         if not to_gpu and not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         copied = name == "_to_copy" and not isinstance(args[0], FakeTensor)
+        picks = args[1] if name == "index" and isinstance(args[0], FakeTensor) else ()
+        copied |= any(x is not None and not isinstance(x, FakeTensor) for x in picks)
         if copied and not kwargs.get("non_blocking"):
             raise RuntimeError("the host waits until the copy is done")
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -86,7 +92,8 @@ def generator(gpu: None, tmp_path: Path) -> Generator:
      (RuntimeError, lambda x: x + torch.ones(2)),
      (RuntimeError, lambda x: torch.ones(2).to(CUDA)),
      (RuntimeError, lambda x: torch.tensor(3, device=CUDA)),
-     (RuntimeError, lambda x: x[[0, 1]])],
+     (RuntimeError, lambda x: x[[0, 1]]),
+     (RuntimeError, lambda x: x[torch.tensor([0, 1])])],
 )  # fmt: skip
 def test_fake_tensors_refuse_what_makes_the_host_wait(
     gpu: None, error: type[Exception], deed: Callable[[Tensor], object]
@@ -103,12 +110,36 @@ def test_drawing_never_waits(generator: Generator, sampler: str) -> None:
         assert part.device.type == "cuda"
 
 
+def test_drawing_with_an_adapter_a_class_never_waits(generator: Generator, tmp_path: Path) -> None:
+    model, layer = generator.model, "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    into, out = model.unet.get_submodule(layer).weight.shape[::-1]
+    folders = {c: tmp_path / name for c, name in enumerate(CLASSES)}
+    for folder in folders.values():
+        folder.mkdir()
+        weights = {"A": torch.ones(1, into), "B": torch.ones(out, 1)}
+        save_file({f"unet.{layer}.lora_{side}.weight": w for side, w in weights.items()},
+                  folder / WEIGHTS)  # fmt: skip
+    generator.model = replace(model, class_adapters=ClassAdapters(model, folders, "adapters"))
+    assert generator.latents(ITEMS).device.type == "cuda"
+
+
+# with refine there is a wait a step, which may save a call of the U-Net
 @pytest.mark.parametrize("mode", MODES)
 def test_optimising_noise_never_waits(generator: Generator, mode: str) -> None:
     embeds = torch.zeros(len(CLASSES), 2, *generator.embeds.shape[1:])
     policy = Policy(embeds, CLASSES, CLASSES, NoiseConfig(mode))
     drawn = PolicyGenerator.adopt(generator, policy, {}).latents(ITEMS)
     assert drawn.device.type == "cuda"
+
+
+def test_a_batch_to_weigh_never_waits(gpu: None) -> None:
+    pool = SimpleNamespace(
+        images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels=torch.arange(4)
+    )
+    run: Any = SimpleNamespace(pool=pool, device=CUDA, config=SimpleNamespace(augment="flip"))
+    draws = torch.Generator().manual_seed(0)
+    for part in Trajectory._images(run, torch.tensor([2, 0]), draws):
+        assert part.device.type == "cuda"
 
 
 def test_the_weight_network_never_waits(gpu: None) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..runtime.device import sent
 from ..runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ClassAdapters:
 
     def __init__(self, model: LatentDiffusion, folders: dict[int, Path], name: str) -> None:
         self.name, self.index = name, {c: i for i, c in enumerate(sorted(folders))}
+        self.device = model.device
         self._rows: Tensor | None = None
         stacks: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         for c in self.index:
@@ -60,7 +62,7 @@ class ClassAdapters:
     ) -> None:
         try:
             module = getattr(model, part).get_submodule(layer)
-            a, b = (torch.stack(sides[side]).to(model.device, model.dtype) for side in "AB")
+            a, b = (sent(torch.stack(sides[side]), self.device).to(model.dtype) for side in "AB")
             fits = len(a) == len(b) == len(self.index)
             fits = fits and (b.shape[1], a.shape[2]) == tuple(module.weight.shape)
         except (AttributeError, RuntimeError):
@@ -81,7 +83,7 @@ class ClassAdapters:
     def acting(self, classes: Sequence[int]) -> Iterator[None]:
         """Inside, row i of a batch (and of each repeat of it) has the adapter of `classes[i]`."""
         before = self._rows
-        self._rows = torch.tensor([self.index[int(c)] for c in classes])
+        self._rows = sent(torch.tensor([self.index[int(c)] for c in classes]), self.device)
         try:
             yield
         finally:

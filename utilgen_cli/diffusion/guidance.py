@@ -79,7 +79,7 @@ def before_the_text(unet: Any) -> Iterator[nn.Module]:
 
 
 def output_halves(
-    model: LatentDiffusion, x: Tensor, t: int | Tensor, cond: Tensor, uncond: Tensor
+    model: LatentDiffusion, x: Tensor, t: int, cond: Tensor, uncond: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The U-Net's outputs (without the text, with it) at x_t, [B, 4, h, w] each.
 
@@ -94,7 +94,7 @@ def output_halves(
 
 
 def guided_output(
-    model: LatentDiffusion, x: Tensor, t: int | Tensor, cond: Tensor, uncond: Tensor, scale: float
+    model: LatentDiffusion, x: Tensor, t: int, cond: Tensor, uncond: Tensor, scale: float
 ) -> Tensor:
     """The U-Net's output under guidance (equation 6); a scale of 1 needs no unconditional half."""
     if scale == 1:
@@ -104,7 +104,7 @@ def guided_output(
     return low + scale * (high - low)
 
 
-def timestep(t: int | Tensor, x: Tensor) -> Tensor:
+def timestep(t: int, x: Tensor) -> Tensor:
     """As a tensor that is filled where x is: a copied number would make the host wait, and would be
     compiled anew each time."""
-    return t if isinstance(t, Tensor) else torch.full((), t, device=x.device)
+    return torch.full((), t, device=x.device)

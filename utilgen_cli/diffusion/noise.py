@@ -118,7 +118,7 @@ def invert_step(
         change = (better - x_t).flatten(1).norm(dim=1)
         moving = moving & (change > config.tolerance * x_t.flatten(1).norm(dim=1))
         x_t = better
-        if not moving.any():
+        if not moving.any():  # a GPU's host waits here: it may save a U-Net call
             break
     return x_t
 
