@@ -9,7 +9,9 @@ import pty
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.policy import load_policy
 from utilgen_cli.diffusion.prompt_inversion import PromptObjective
 from utilgen_cli.diffusion.prompts import PromptEmbeds
-from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
 
 COMMON = ["--iterations", "1", "--population", "2", "--search-steps", "2", "-q"]
@@ -63,6 +65,7 @@ def test_ilpo_draws_learns_replays_and_resumes(bench: Path, utilgen: Run) -> Non
     assert done.stdout == b""
     summary = json.loads(done.stderr.decode().splitlines()[-1])
     assert summary["samples"] == 9
+    assert min(summary["learning_seconds"], summary["seconds"]) > 0
     assert {"fidelity_clip", "fidelity_classifier", "gradient_match"} <= set(summary["after"])
     assert (
         summary["sampling_unet_latents"] <= 4 * 2 * 16 * 4
@@ -92,6 +95,29 @@ def test_ilpo_draws_learns_replays_and_resumes(bench: Path, utilgen: Run) -> Non
     other = utilgen(*rerun, "--clip-weight", "2", check=False)
     assert other.returncode == 2
     assert b"other settings" in other.stderr
+
+
+def test_what_cannot_be_compiled_is_said_before_anything_is_learnt(
+    bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a policy is the same whether or not drawing is compiled."""
+    monkeypatch.chdir(bench)
+    options: dict[str, Any] = {"model": "bundle", "clip": "clip", "quiet": True, "smoke": True,
+                               "save_policy": Path("policy")}  # fmt: skip
+    with monkeypatch.context() as broken:
+        broken.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
+        broken.setattr("torch._inductor.config.force_disable_caches", True)
+        with pytest.raises(UtilgenError, match="--compile: the U-Net cannot be compiled"):
+            ilpo(**options, output="best", compile=True)
+    assert not (bench / "policy").exists()
+    ilpo(**options, output="best")
+    learnt = (bench / "policy/policy.json").stat().st_mtime_ns
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ilpo(**options, output="compiled", compile=True)
+    assert (bench / "policy/policy.json").stat().st_mtime_ns == learnt
+    plain, compiled = read(bench / "best/00000.tar"), read(bench / "compiled/00000.tar")
+    for name in (n for n in plain if n.endswith("png")):
+        assert np.abs(pixels(plain[name]) - pixels(compiled[name])).max() <= 1
 
 
 def test_without_optimisation_it_is_generate(bench: Path, utilgen: Run) -> None:

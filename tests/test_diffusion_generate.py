@@ -99,8 +99,9 @@ def test_a_compiled_unet_draws_the_same_pictures_and_is_compiled_once(
 ) -> None:
     """Traced and differentiated as always, but its kernels are not built: that takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    generator = Generator(GenerateConfig(str(bundle), seed=7, compile=True), **CPU)
     counters.clear()
+    generator = Generator(GenerateConfig(str(bundle), seed=7, compile=True), **CPU)
+    assert counters["stats"]["unique_graphs"] == 1  # before anything is drawn, or learnt
     for part in (PLAN[:5], PLAN[5:]):
         for sample in generator.draw(part):
             assert np.abs(pixels(sample) - pixels(drawn[sample.key])).max() <= 1

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
+
+from utilgen_cli.app import guard
 
 from .conftest import Run, make_sample, tar_bytes
 
@@ -58,6 +61,22 @@ def test_bad_input_is_one_line_and_a_code(
     assert part in line
     assert done.returncode == code, done.stderr
     assert not list(tmp_path.glob("out/*.tar"))
+
+
+@pytest.mark.parametrize(("options", "advice"), [
+    (["batch_size", "chunk"], "Lower --batch-size or --chunk."), (["chunk"], "Lower --chunk."),
+    (["seed"], "Give the process more.")])  # fmt: skip
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried 2 GiB")])
+def test_memory_that_ran_out_names_the_options_that_there_are(
+    error: Exception, options: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(**_: int) -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as end:
+        guard("ilpo", command)(**dict.fromkeys(options, 1))
+    assert end.value.exit_code == 1
+    assert capsys.readouterr().err == f"utilgen: ilpo: memory: not enough of it. {advice}\n"
 
 
 def test_per_class_zero_is_a_usage_error(utilgen: Run) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from tests.random_bundle import CLASSES, make_bundle
 from utilgen_cli.diffusion.ddim import initial_noise
+from utilgen_cli.diffusion.instance import InstanceConfig
 from utilgen_cli.diffusion.load import LatentDiffusion, class_prompts, load_model
 from utilgen_cli.diffusion.noise import NoiseConfig
 from utilgen_cli.diffusion.policy import Policy, load_policy
@@ -143,6 +144,17 @@ def test_a_stopped_run_ends_with_the_same_prompts(
     assert second.state.iteration == iteration
     torch.testing.assert_close(second.run(checkpoint), whole, rtol=0, atol=0)
     assert [row["iteration"] for row in second.state.history] == [0, 2, 4, 6]
+
+
+def test_a_run_goes_on_with_another_chunk(model: LatentDiffusion, tmp_path: Path) -> None:
+    """Memory that ran out says to lower it: what was learnt so far is then still of use."""
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    whole = search_of(model, chunk=100).run(checkpoint)
+    search = search_of(model, chunk=1)
+    search.resume(checkpoint)
+    assert search.state.iteration == 6
+    torch.testing.assert_close(search_of(model, chunk=1).run(), whole, rtol=0, atol=1e-4)
+    assert InstanceConfig(search=SearchConfig(chunk=1)).facts() == InstanceConfig().facts()
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(model: LatentDiffusion, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -42,8 +42,8 @@ value_app = typer.Typer(
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
 
 
-def _fail(name: str, error: BaseException) -> typer.Exit:
-    """One line on stderr, and the exit that carries the code."""
+def _fail(name: str, error: BaseException, options: Iterable[str]) -> typer.Exit:
+    """One line on stderr, and the exit that carries the code; `options` are the command's."""
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return typer.Exit(ExitCode.READER_LEFT)
@@ -53,13 +53,13 @@ def _fail(name: str, error: BaseException) -> typer.Exit:
         )
         return typer.Exit(ExitCode.INTERRUPTED)
     if not isinstance(error, UtilgenError):
-        error = _translate(error)
+        error = _translate(error, options)
     if world()[0] == 0 or not isinstance(error, UsageError | Stopped):  # not one line a process
         print(f"utilgen: {name}: {error}", file=sys.stderr)
     return typer.Exit(error.exit_code)
 
 
-def _translate(error: BaseException) -> UtilgenError:
+def _translate(error: BaseException, options: Iterable[str]) -> UtilgenError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = error.filename or "output"
         return UtilgenError(str(where), "no space left", "Free some; finished work is kept.")
@@ -69,7 +69,9 @@ def _translate(error: BaseException) -> UtilgenError:
     if isinstance(error, OSError) and error.errno is not None:
         return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
     if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return UtilgenError("memory", "not enough of it", "Lower --batch-size or --chunk.")
+        sizes = [f"--{n.replace('_', '-')}" for n in ("batch_size", "chunk") if n in options]
+        advice = f"Lower {' or '.join(sizes)}." if sizes else "Give the process more."
+        return UtilgenError("memory", "not enough of it", advice)
     text = str(error).strip().splitlines() or [""]
     why = f"{type(error).__name__}: {text[0]}"
     return UtilgenError("unexpected error", why, "See more with --debug.")
@@ -118,7 +120,7 @@ def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
                 import traceback
 
                 traceback.print_exception(error)
-            raise _fail(name, error) from None
+            raise _fail(name, error, kwargs) from None
 
     return guarded
 

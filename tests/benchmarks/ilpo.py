@@ -52,7 +52,7 @@ def told(found: dict[str, float], args: argparse.Namespace, classes: int) -> lis
     price = f", {whole / 3600 * PRICE:.2f} dollars at {PRICE:.2f} an hour"
     return [
         f"Prompts of {classes} classes learnt in {learning:.1f} s ({a_class:.2f} s a class: "
-        f"{args.iterations} iterations of {args.population} prompts, {args.search_steps} sampling "
+        f"{found['iterations']} iterations of {args.population} prompts, {args.search_steps} sampling "
         f"steps), {found['samples']:,} images drawn with noise optimised in {drawing:.1f} s "
         f"({an_image:.3f} s an image), on {found['device']} in {found['precision']}.",
         f"{IMAGES:,} images of {CLASSES} classes at this rate: {whole / 3600:.2f} h "

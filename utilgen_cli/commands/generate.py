@@ -32,9 +32,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="Prompt, {} is the class. Default: 'a photo of a {}'.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at once on a GPU (the CPU takes few always).")
-    ] = None,
+    batch_size: o.BatchSizeDrawn = None,
     compile: o.Compile = False,
     format: Annotated[str, typer.Option(help="png, webp (lossless) or jpg.")] = "png",
     output: o.StreamOutput = "-",

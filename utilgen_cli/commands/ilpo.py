@@ -41,6 +41,7 @@ def ilpo(
     start: i.Start = 0,
     steps: i.Steps = None,
     guidance_scale: i.GuidanceScale = None,
+    batch_size: o.BatchSizeDrawn = None,
     compile: o.Compile = False,
     classes: o.Classes = None,
     output: o.StreamOutput = "-",
@@ -79,7 +80,8 @@ def ilpo(
         search_steps = min(search_steps, 2)
     config = GenerateConfig(
         model_named(model, tokens), seed, tokens, tuple(adapter or ()), None,
-        parse_classes(classes), None, steps, guidance_scale, compile=compile,
+        parse_classes(classes), None, steps, guidance_scale, batch_size=batch_size,
+        compile=compile,
     )  # fmt: skip
     search = SearchConfig(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed

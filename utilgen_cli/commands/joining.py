@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -190,7 +190,7 @@ class PolicyRun(LazyGenerator):
         """The finished policy of an earlier run with these settings, or a new one."""
         if self.policy_directory is None:
             return self.learn(generator, None)
-        settings = self.settings()
+        settings = {k: v for k, v in self.settings().items() if k != "compile"}
         with (
             own_turn(self.policy_directory),
             OutputDirectory(self.policy_directory, "ilpo", settings, self.overwrite) as out,
@@ -201,13 +201,15 @@ class PolicyRun(LazyGenerator):
             return load_policy(out.path)
 
     def learn(self, generator: Generator, checkpoint: Path | None) -> Policy:
-        """Optimise the prompts."""
+        """Optimise the prompts; a U-Net that is compiled is so for drawing alone."""
         terms = Terms(self.aim, generator, self.quarantine)
         shots = self.shots(generator) if self.instance.anchor_weight else None
-        return learn_policy(
-            generator, terms.terms(), terms.labellers(), self.instance, checkpoint, self.progress,
-            shots,
-        )  # fmt: skip
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with eager:
+            return learn_policy(
+                generator, terms.terms(), terms.labellers(), self.instance, checkpoint,
+                self.progress, shots,
+            )  # fmt: skip
 
     def shots(self, generator: Generator) -> Shots:
         """The real shots' latents, to anchor the prompts. UsageError: no --real."""

@@ -59,7 +59,11 @@ Precision = Annotated[
     str | None, typer.Option("--precision", help="fp32, fp16 or bf16. Default: fp32 on the CPU.")
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the U-Net: a minute first, then faster.")
+    bool, typer.Option("--compile", help="Compile the U-Net for drawing: a minute first.")
+]
+BatchSizeDrawn = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Images at once on a GPU (the CPU takes few always)."),
 ]
 Part = Annotated[
     str | None,

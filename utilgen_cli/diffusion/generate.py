@@ -19,6 +19,7 @@ from .adapters import fuse_adapters
 from .bundle import find_model, read_defaults
 from .class_adapters import acting
 from .ddim import SAMPLERS, initial_noise, sample
+from .guidance import guided_output
 from .load import class_prompts, load_model, quiet_libraries
 from .policy import Policy, load_policy
 from .render import Item, compile_unet, prefer_channels_last, render, tile
@@ -107,6 +108,18 @@ class Generator:
             self._encode()
         self._refuse_non_finite()
         prefer_channels_last(self.model)
+        if config.compile:
+            self._compile()
+
+    @torch.no_grad()
+    def _compile(self) -> None:
+        """Compile the U-Net, and call it once as drawing will: it fails before any work, or not."""
+        compile_unet(self.model)
+        items = [(0, 0)] * tile(self.model, self.config.batch_size)
+        noise, classes = initial_noise(self.model, 0, items), [0] * len(items)
+        prompts = rows(self.embeds, classes), self.unconditional(items)
+        with acting(self.model, classes):
+            guided_output(self.model, noise, 0, *prompts, self.guidance_scale)
 
     def _encode(self) -> None:
         """The prompts' embeddings [C, L, D], and the empty one's [1, L, D], or [C, L, D] where
@@ -157,8 +170,6 @@ class Generator:
     def draw(self, items: Sequence[Item], progress: Progress = silent) -> Iterator[Sample]:
         """The samples of `items`, in order."""
         rows, format = tile(self.model, self.config.batch_size), self.config.image_format
-        if self.config.compile:
-            compile_unet(self.model)
         with progress("draw", len(items)) as task:
             for item, image in render(self.model, items, self.latents, rows, format):
                 yield generated_sample(item, image, format, self.facts(item))

@@ -50,8 +50,8 @@ class InstanceConfig:
         GradSteps.parse(self.grad_steps)
 
     def facts(self) -> dict[str, Any]:
-        """The configuration as JSON."""
-        return asdict(self)
+        """What the policy depends on, as JSON."""
+        return {**asdict(self), "search": self.search.facts()}
 
 
 def learn_policy(

@@ -73,8 +73,8 @@ class SearchConfig:
     seed: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """What the prompts depend on; --chunk changes but their rounding."""
+        return {name: value for name, value in asdict(self).items() if name != "chunk"}
 
 
 @dataclass
@@ -115,10 +115,10 @@ def accumulate(
     """Add G dimages/dcond to what `cond` [B, L, D] depends on; of `chunk` images the graph of one
     step is held, or as much.
 
-    A run that fits is one graph. A larger one is drawn without, for G (a term may value the whole
-    set); then G is pulled back step by step and chunk by chunk.
+    A run that fits, decoding included, is one graph. A larger one is drawn without, for G (a term
+    may value the whole set); then G is pulled back step by step and chunk by chunk.
     """
-    if len(noise) * len(chosen) <= chunk:
+    if len(noise) * (len(chosen) + 1) <= chunk:
         images = rollout.images(noise, cond, chosen)
         images.backward(gradient_of(images.detach()))
         return
