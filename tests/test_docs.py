@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,24 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def test_the_list_of_commands_is_whole() -> None:
-    from utilgen_cli.app import app, value_app
+def built() -> dict[str, Any]:
+    """Every command as Typer has it, by its full name."""
+    import typer
 
-    names = [[c.name] for c in app.registered_commands]
-    names += [["value", c.name] for c in value_app.registered_commands]
-    assert sorted(names) == sorted(COMMANDS)
+    from utilgen_cli.app import app
+
+    groups = {"": typer.main.get_command(app)}
+    groups["value "] = groups[""].commands["value"]  # type: ignore[attr-defined]
+    return {
+        prefix + name: group.commands[name]  # type: ignore[attr-defined]
+        for prefix, group in groups.items()
+        for name in group.list_commands(None)  # type: ignore[attr-defined]
+        if name != "value"
+    }
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    assert sorted(built()) == sorted(map(" ".join, COMMANDS))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -37,16 +50,29 @@ def test_each_command_is_in_the_readme_and_its_help_has_an_example(
 
 
 def test_every_option_has_a_help_text() -> None:
-    import typing
+    for name, command in built().items():
+        assert command.params
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
 
-    from utilgen_cli.app import app, value_app
 
-    for command in [*app.registered_commands, *value_app.registered_commands]:
-        hints = typing.get_type_hints(command.callback, include_extras=True)
-        for name, hint in hints.items():
-            if name != "return":
-                [info] = hint.__metadata__
-                assert info.help, f"{command.name} {name}"
+def test_a_command_loads_no_other() -> None:
+    script = (
+        "import sys; from utilgen_cli.app import main; sys.argv[1:] = ['view', 'missing/']\n"
+        "try: main()\nexcept SystemExit as end: print(end.code)\n"
+        "print(*(m for m in sys.modules if m.startswith('utilgen_cli.commands.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    code, *loaded = done.stdout.decode().split()
+    assert code == "66"
+    names = {module.rpartition(".")[2] for module in loaded}
+    assert names == {"on_demand", "options", "view"}
+
+
+def test_a_misspelt_command_is_told_the_nearest(utilgen: Run) -> None:
+    done = utilgen("pars", env=None, check=False)
+    assert done.returncode == 2
+    assert b"Did you mean 'pairs'?" in done.stderr
 
 
 MADE = {".venv", "build", "quickstart"}  # not ours to check
@@ -88,11 +114,11 @@ def test_help_imports_neither_torch_nor_diffusers(words: list[str]) -> None:
     assert b"utilgen" in done.stdout
 
 
-def test_a_tab_imports_no_torch() -> None:
+def test_a_tab_imports_neither_torch_nor_pydantic() -> None:
     script = (
         "import os, sys; os.environ |= {'_UTILGEN_COMPLETE': 'complete_bash', 'COMP_WORDS': 'utilgen va', "
         "'COMP_CWORD': '1'}\nfrom utilgen_cli.app import main\nsys.argv[1:] = []\n"
-        "try: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+        "try: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .commands import check, dpo, evaluate, generate, ilpo, invert, lora, pack, pairs, value, view
+from .commands.on_demand import group_on_demand
 from .runtime import signals
 from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError
 from .runtime.ranks import one_process, world
@@ -25,19 +25,6 @@ Stages read and write WebDataset tar shards and join with pipes:
 
 Exit codes: 0 done, 1 failed, 2 usage, 65 bad input, 66 no such input, 75 stopped by a signal with
 its state saved (run it again), 130 interrupted, 141 the reader left. --debug shows tracebacks."""
-
-app = typer.Typer(
-    name="utilgen",
-    help=HELP,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-)
-value_app = typer.Typer(
-    help="Learn and apply how useful a sample is.", no_args_is_help=True, rich_markup_mode=None
-)
-
 
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
 
@@ -125,23 +112,28 @@ def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "pack": pack.pack,
-    "invert": invert.invert,
-    "generate": generate.generate,
-    "pairs": pairs.pairs,
-    "dpo": dpo.dpo,
-    "ilpo": ilpo.ilpo,
-    "eval": evaluate.evaluate,
-    "lora": lora.lora,
-    "view": view.view,
-    "check": check.check,
-}
-VALUE_COMMANDS: dict[str, Callable[..., None]] = {"train": value.train, "score": value.score}
-for _name, _function in COMMANDS.items():
-    app.command(_name)(guard(_name, _function))
-for _name, _function in VALUE_COMMANDS.items():
-    value_app.command(_name)(guard(f"value {_name}", _function))
+COMMANDS = {  # name: where its function stands in `commands`
+    "pack": "pack.pack", "invert": "invert.invert", "generate": "generate.generate",
+    "pairs": "pairs.pairs", "dpo": "dpo.dpo", "ilpo": "ilpo.ilpo", "eval": "evaluate.evaluate",
+    "lora": "lora.lora", "view": "view.view", "check": "check.check",
+}  # fmt: skip
+VALUE_COMMANDS = {"value train": "value.train", "value score": "value.score"}
+
+app = typer.Typer(
+    name="utilgen",
+    cls=group_on_demand(COMMANDS, guard),
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+value_app = typer.Typer(
+    cls=group_on_demand(VALUE_COMMANDS, guard),
+    help="Learn and apply how useful a sample is.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(value_app, name="value")
 
 
