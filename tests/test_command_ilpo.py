@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Run, make_sample, tar_bytes
+from tests.conftest import Run, make_sample, no_compiler, tar_bytes
 from tests.policy_parts import make_clip, make_value
 from tests.random_bundle import make_bundle
 from utilgen_cli.commands.ilpo import ilpo
@@ -104,11 +104,11 @@ def test_what_cannot_be_compiled_is_said_before_anything_is_learnt(
     monkeypatch.chdir(bench)
     options: dict[str, Any] = {"model": "bundle", "clip": "clip", "quiet": True, "smoke": True,
                                "save_policy": Path("policy")}  # fmt: skip
-    with monkeypatch.context() as broken:
-        broken.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
-        broken.setattr("torch._inductor.config.force_disable_caches", True)
-        with pytest.raises(UtilgenError, match="--compile: the U-Net cannot be compiled"):
-            ilpo(**options, output="best", compile=True)
+    with (
+        no_compiler(),
+        pytest.raises(UtilgenError, match="--compile: the U-Net cannot be compiled"),
+    ):
+        ilpo(**options, output="best", compile=True)
     assert not (bench / "policy").exists()
     ilpo(**options, output="best")
     learnt = (bench / "policy/policy.json").stat().st_mtime_ns
