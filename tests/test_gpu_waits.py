@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from utilgen_cli.classification.batches import WHOLE_BATCH, Batches
+from utilgen_cli.classification.data import LabelledImages
+from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.diffusion.class_adapters import WEIGHTS, ClassAdapters
 from utilgen_cli.diffusion.ddim import SAMPLERS
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator
@@ -139,6 +142,14 @@ def test_a_batch_to_weigh_never_waits(gpu: None) -> None:
     run: Any = SimpleNamespace(pool=pool, device=CUDA, config=SimpleNamespace(augment="flip"))
     draws = torch.Generator().manual_seed(0)
     for part in Trajectory._images(run, torch.tensor([2, 0]), draws):
+        assert part.device.type == "cuda"
+
+
+@pytest.mark.parametrize("augmentation", WHOLE_BATCH)
+def test_a_batch_to_train_on_never_waits(gpu: None, augmentation: str) -> None:
+    data = LabelledImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), [], ["a"])
+    config = TrainConfig(batch_size=2, augmentation=augmentation)
+    for part in next(iter(Batches(data, config, 0, device=CUDA))):
         assert part.device.type == "cuda"
 
 

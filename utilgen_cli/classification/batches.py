@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..runtime.device import sent
 from ..runtime.errors import UsageError, UtilgenError
 from ..runtime.seeds import derive_seed
 from ..runtime.signals import NUMBERS
@@ -109,7 +110,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         share = (self.rank, self.processes, self.config.batch_size)
         for step, (x, y, w) in enumerate(self._fetched(), self.start):
-            x, y, w = (t.to(self.device, non_blocking=True) for t in (x, y, w))
+            x, y, w = (sent(t, self.device) for t in (x, y, w))
             images = to_float(x)
             draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
             yield augment_batch(self.config.augmentation, images, draws, share), y, w

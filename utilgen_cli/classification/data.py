@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.device import sent
 from ..runtime.errors import BadInput, NoInput
 from ..runtime.progress import Progress, silent
 
@@ -138,8 +139,8 @@ class _Pixels:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] to float in [0, 1]."""
-    return images.to(torch.float32) / 255
+    """uint8 [B, 3, S, S] to float in [0, 1], channels last in memory, as convolutions like it."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def augment(
@@ -160,7 +161,7 @@ def augment(
     rows, cols = dy + torch.arange(h), dx + torch.arange(w)  # [B, H], [B, W]
     if flip:
         cols = torch.where(mirrored, cols.flip(1), cols)
-    rows, cols = rows.to(images_bchw.device), cols.to(images_bchw.device)
+    rows, cols = (sent(t, images_bchw.device) for t in (rows, cols))
     padded = F.pad(images_bchw, (pad,) * 4)
     image = torch.arange(b, device=padded.device)[:, None, None]
     return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
@@ -183,10 +184,11 @@ def distort(
     mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
     dx, dy = (u[3:5] - 0.5) / 2  # of half a side
     theta = torch.stack([mirror * cos, -sin, dx, mirror * sin, cos, dy], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images_bchw.shape), align_corners=False).to(images_bchw)
+    grid = F.affine_grid(theta, list(images_bchw.shape), align_corners=False)
+    grid = sent(grid, images_bchw.device).to(images_bchw.dtype)
     turned = F.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
     gamma, plain = 2 ** (1.4 * u[5] - 0.7), u[6] < 0.5
-    gamma, plain = (t.to(images_bchw.device)[:, None, None, None] for t in (gamma, plain))
+    gamma, plain = (sent(t, images_bchw.device)[:, None, None, None] for t in (gamma, plain))
     return torch.where(plain, moved, turned.clamp(0, 1) ** gamma)
 
 

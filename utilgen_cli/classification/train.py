@@ -168,6 +168,7 @@ def train_classifier(
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last)  # as `to_float` makes the images
     rank, processes = world() if together else (0, 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
