@@ -73,7 +73,20 @@ def make_vae(size: int, divide: int) -> Any:
 
 
 def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a",)) -> None:
-    """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights."""
+    """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights (drawn by
+    the GPU where there is one: seconds, not a minute); one that is there already is taken."""
+    import torch
+
+    if (path / "utilgen.json").exists():
+        return
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipeline = make_pipeline(size, divide)
+    pipeline.save_pretrained(path)
+    (path / "utilgen.json").write_text(encode_json({"size": size, "classes": classes}).decode())
+
+
+def make_pipeline(size: int, divide: int) -> Any:
+    """diffusers' pipeline of it."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -86,13 +99,12 @@ def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a"
         num_hidden_layers=23, num_attention_heads=16 // divide, max_position_embeddings=40, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
     )  # fmt: skip
-    StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=make_vae(size, divide), text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
         unet=make_unet(size, divide),
         scheduler=make_scheduler("v_prediction"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(path)  # fmt: skip
-    (path / "utilgen.json").write_text(encode_json({"size": size, "classes": classes}).decode())
+    )  # fmt: skip
 
 
 def make_pairs(path: Path, size: int, pairs: int) -> None:

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser("generate")
     parser.add_argument("--divide", type=int, help="SD 2.1, every width divided by this")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, with --divide")
+    parser.add_argument("--model", type=Path, help="where it is made, or was by a run before")
     parser.add_argument("--per-class", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=2.0)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         out, model = Path(name), find_model("tiny")
         if args.divide:
-            model = out / "model"
+            model = args.model or out / "model"
             make_model(model, args.size, args.divide, ["a", "b"])
         pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
         pipe.set_progress_bar_config(disable=True)

@@ -23,12 +23,13 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 @dataclass
 class Timing:
-    """Seconds of each repeat, by the clock and of the processor (with the children's), and the
-    highest resident memory above the start (MiB)."""
+    """Seconds of each repeat, by the clock and of the processor (with the children's), the highest
+    resident memory above the start, and what torch held on the GPU at its highest (MiB)."""
 
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     mebibytes: float = 0.0
+    gpu_mebibytes: float = 0.0
 
     @property
     def median(self) -> float:
@@ -52,6 +53,8 @@ def interleaved(
     for round_ in range(repeats + warm):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             with Peak() as peak:
                 start, used = time.perf_counter(), sum(os.times()[:4])
                 sides[name]()
@@ -62,6 +65,9 @@ def interleaved(
                 timings[name].seconds.append(seconds)
                 timings[name].processor.append(used)
                 timings[name].mebibytes = max(timings[name].mebibytes, peak.mebibytes)
+                if torch.cuda.is_available():
+                    held = torch.cuda.max_memory_allocated() / 2**20
+                    timings[name].gpu_mebibytes = max(timings[name].gpu_mebibytes, held)
     return timings
 
 
@@ -119,15 +125,17 @@ def machine() -> str:
 def table(timings: dict[str, Timing], baseline: str, unit: str = "s", scale: float = 1.0) -> str:
     """A Markdown table; ratios are a side's time over the baseline's, by the clock and by the
     processor: the second is the one to read where other programs share the machine."""
-    head = ("side", f"median {unit}", "spread", f"ratio to {baseline}", "processor ratio",
-            "peak memory, MiB")  # fmt: skip
+    head = ["side", f"median {unit}", "spread", f"ratio to {baseline}", "processor ratio",
+            "peak memory, MiB"]  # fmt: skip
+    with_gpu = any(t.gpu_mebibytes for t in timings.values())
+    head += ["of the GPU, MiB"] * with_gpu
     rows = [head, ["---"] * len(head)]
     base = timings[baseline]
     for name, t in timings.items():
         used = statistics.median(t.processor) / max(1e-9, statistics.median(base.processor))
-        cells = (f"{t.median * scale:.3g}", f"{t.spread * scale:.2g}",
-                 f"{t.median / base.median:.2f}", f"{used:.2f}", f"{t.mebibytes:.0f}")  # fmt: skip
-        rows.append([name, *cells])
+        cells = [f"{t.median * scale:.3g}", f"{t.spread * scale:.2g}",
+                 f"{t.median / base.median:.2f}", f"{used:.2f}", f"{t.mebibytes:.0f}"]  # fmt: skip
+        rows.append([name, *cells, *[f"{t.gpu_mebibytes:.0f}"] * with_gpu])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

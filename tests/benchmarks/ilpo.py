@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser("ilpo", description=__doc__)
     parser.add_argument("--divide", type=int, help="SD 2.1, every width divided by this")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, with --divide")
+    parser.add_argument("--model", type=Path, help="where it is made, or was by a run before")
     parser.add_argument("--classes", type=int, default=10, help="with --divide")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--iterations", type=int, default=40)
@@ -78,8 +79,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         work = Path(folder)
         if args.divide:
             names = [f"thing {c}" for c in range(args.classes)]
-            model, size = str(work / "model"), args.size
-            make_model(work / "model", size, args.divide, names)
+            model, size = str(args.model or work / "model"), args.size
+            make_model(Path(model), size, args.divide, names)
         else:
             model, bundle = "tiny", read_defaults(find_model("tiny"))
             names, size = bundle["classes"], bundle["size"]
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             "--iterations": args.iterations, "--population": args.population, "--noise": "single",
             "--search-steps": args.search_steps, "--steps": args.steps,
             "--per-class": -(-args.images // len(names)), "--clip": CLIP, "--clip-weight": 0,
-            "--max-fidelity-drop": 1, "--value": work / "value", "-m": model, "-o": work / "out",
+            "--classes": ",".join(names), "--max-fidelity-drop": 1, "--value": work / "value", "-m": model, "-o": work / "out",
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
         words += ["--precision", args.precision] if args.precision else []
