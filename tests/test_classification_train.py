@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from utilgen_cli.classification.batches import Batches, stored_side
+from utilgen_cli.classification.batches import AUGMENTATIONS, Batches, stored_side
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
 from utilgen_cli.classification.models import build_classifier
@@ -272,6 +272,16 @@ def test_a_shift_mirrors_nothing() -> None:
         x, _, _ = next(iter(Batches(data, TrainConfig(batch_size=24, augmentation=name), 0)))
         falls = (x[:, 0, 8, 4:12].diff() < 0).any(1)
         assert falls.any() == mirrors
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_images_and_classifier_have_their_channels_last(augmentation: str) -> None:
+    model, last = build_classifier("small-cnn", 3, 16), torch.channels_last
+    config = TrainConfig(steps=1, batch_size=4, augmentation=augmentation)
+    x, _, _ = next(iter(Batches(colour_images(4), config, 0, size=16)))
+    train_classifier(model, colour_images(4), config, seed=0)
+    assert x.is_contiguous(memory_format=last)
+    assert all(p.is_contiguous(memory_format=last) for p in model.parameters() if p.ndim == 4)
 
 
 def test_synchronised_batch_norm_keeps_the_activations() -> None:

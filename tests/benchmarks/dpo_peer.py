@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -74,10 +75,13 @@ def make_vae(size: int, divide: int) -> Any:
 
 def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a",)) -> None:
     """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights (drawn by
-    the GPU where there is one: seconds, not a minute); one that is there already is taken."""
+    the GPU where there is one); one that is there already is taken, if it is such a one."""
     import torch
 
     if (path / "utilgen.json").exists():
+        found = json.loads((path / "unet" / "config.json").read_text())
+        if (found["sample_size"], found["block_out_channels"][0]) != (size // 8, 320 // divide):
+            sys.exit(f"{path} holds another model. Name another place, or remove it.")
         return
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         pipeline = make_pipeline(size, divide)

@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] = ()) -> None:
             "--iterations": args.iterations, "--population": args.population, "--noise": "single",
             "--search-steps": args.search_steps, "--steps": args.steps,
             "--per-class": -(-args.images // len(names)), "--clip": CLIP, "--clip-weight": 0,
-            "--classes": ",".join(names), "--max-fidelity-drop": 1, "--value": work / "value", "-m": model, "-o": work / "out",
+            "--classes": ",".join(names), "--max-fidelity-drop": 1,
+            "--value": work / "value", "-m": model, "-o": work / "out",
         }  # fmt: skip
         words = [str(word) for pair in options.items() for word in pair]
         words += ["--precision", args.precision] if args.precision else []

@@ -54,8 +54,11 @@ def group_on_demand(places: Mapping[str, str], guard: Guard) -> type[TyperGroup]
 
         def get_params(self, ctx: Any) -> list[Any]:
             found: list[Any] = super().get_params(ctx)
-            for flag in found:  # for Typer's own, which have None, each TAB would load pydantic
-                flag.default = flag.default or False
+            for (
+                option
+            ) in found:  # for Typer's own flags, which have None, a TAB would load pydantic
+                if option.is_flag and option.default is None:
+                    option.default = False
             return found
 
     return OnDemand

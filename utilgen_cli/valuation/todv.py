@@ -171,8 +171,7 @@ class Trajectory:
         x = to_float(self.pool.images[at])
         if draws is not None:
             x = augment_batch(self.config.augment, x, draws)
-        x = sent(x, self.device).contiguous(memory_format=torch.channels_last)
-        return x, sent(self.pool.labels[at], self.device)
+        return sent(x, self.device), sent(self.pool.labels[at], self.device)
 
     @torch.no_grad()
     def look(self) -> None:
