@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT, Run
+from .conftest import DATA, ROOT, Run
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -66,7 +66,27 @@ def test_a_command_loads_no_other() -> None:
     code, *loaded = done.stdout.decode().split()
     assert code == "66"
     names = {module.rpartition(".")[2] for module in loaded}
-    assert names == {"on_demand", "options", "view"}
+    assert names == {"inputs", "on_demand", "options", "view"}
+
+
+@pytest.mark.parametrize("words", [
+    "generate -m ./gone", "generate -m tiny --tokens gone", "generate -m tiny --adapter gone",
+    "generate -m tiny --policy gone", "value train --real DATA --synthetic gone -o out",
+    "value score DATA --value gone", "pairs gone", "dpo DATA --init gone -o out",
+    "ilpo -m tiny --value gone", "ilpo -m tiny --value DATA --init gone", "lora gone -o out",
+    "eval --real DATA --test DATA --synthetic base=gone", "invert DATA -m gone -o out",
+])  # fmt: skip
+def test_a_word_about_what_is_missing_waits_for_no_torch(words: str, tmp_path: Path) -> None:
+    named = [str(DATA / "val") if word == "DATA" else word for word in words.split()]
+    script = (
+        f"import sys; from utilgen_cli.app import main; sys.argv[1:] = {named!r}\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=tmp_path)
+    assert done.stdout.split() == [b"66", b"False"]
+    said = done.stderr.decode().splitlines()
+    assert len(said) == 1 and "gone: no such" in said[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_misspelt_command_is_told_the_nearest(utilgen: Run) -> None:

@@ -49,17 +49,20 @@ def test_a_run_that_made_nothing_binds_no_later_one_to_its_settings(tmp_path: Pa
         (out.path / ".00000.tar.partial").write_bytes(b"")
     with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4}) as out:
         assert not (out.path / ".00000.tar.journal").exists()
+    with OutputDirectory(tmp_path / "o", "lora", {"steps": 4}):
+        pass
+    with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4}) as out:
+        pass
     with (
         pytest.raises(UsageError, match=r"steps was 4, now 5"),
         OutputDirectory(tmp_path / "o", "dpo", {"steps": 5}, part="0/2"),
     ):
         pass  # another part may be at work under the settings
     (out.path / "checkpoint.safetensors").write_bytes(b"x")
-    with (
-        pytest.raises(UsageError, match=r"steps was 4, now 5"),
-        OutputDirectory(tmp_path / "o", "dpo", {"steps": 5}),
-    ):
-        pass
+    for command, why in (("dpo", "steps was 4, now 5"), ("lora", "was made by utilgen dpo")):
+        with pytest.raises(UsageError, match=why):
+            with OutputDirectory(tmp_path / "o", command, {"steps": 5}):
+                pass
 
 
 def test_a_directory_of_somebody_else_is_neither_mixed_with_nor_emptied(tmp_path: Path) -> None:

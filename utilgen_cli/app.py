@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .commands.inputs import look_for_inputs
 from .commands.on_demand import group_on_demand
 from .runtime import signals
 from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError
@@ -78,17 +79,6 @@ def _claimed() -> Any:
     return stdout._result
 
 
-def _look_for_inputs(options: dict[str, Any]) -> None:
-    """NoInput for shards that are not there, before anything heavy is loaded."""
-    named = [options.get(name) or [] for name in ("shards", "real", "val", "test")]
-    listed = [o for value in named for o in (value if isinstance(value, list) else [value])]
-    operands = [operand for operand in listed if isinstance(operand, str) and operand != "-"]
-    if operands:
-        from .shards.operands import open_source
-
-        open_source(operands)
-
-
 def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """Turn every exception of a command into one line and an exit code."""
 
@@ -98,7 +88,7 @@ def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
             with signals.running(name):
                 if name in ONE_PROCESS:
                     one_process()
-                _look_for_inputs(kwargs)
+                look_for_inputs(name, kwargs)
                 function(*args, **kwargs)
         except typer.Exit:
             raise

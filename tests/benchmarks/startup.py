@@ -31,6 +31,9 @@ def main() -> None:
             "utilgen --help": call([*utilgen, "--help"]),
             "utilgen TAB": call(utilgen, **tab),
             "utilgen pairs missing/": call([*utilgen, "pairs", "missing/"]),
+            "utilgen generate --tokens missing/": call(
+                [*utilgen, "generate", "-m", "tiny", "--tokens", "missing/", "-o", "nowhere"]
+            ),
         }
         timings = interleaved(sides, repeats=15)
         record("Start-up", table(timings, "empty Typer program, --help", "ms", 1e3))

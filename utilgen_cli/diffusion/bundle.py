@@ -28,18 +28,25 @@ T = TypeVar("T")
 
 def find_model(name: str) -> Path:
     """The local directory of a model; hub models are taken from the cache or downloaded."""
+    return local_model(name) or _from_hub(HUB_IDS.get(name, name))
+
+
+def local_model(name: str) -> Path | None:
+    """The directory of a model that is built in or named by it; None for one of the hub.
+
+    NoInput: neither, and not the id of a hub's model.
+    """
     if name == "tiny":
         return Path(os.environ.get("UTILGEN_TINY") or Path(__file__).parents[1] / "tiny")
     if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises on a name that is too long)
         return Path(name)
-    hub_id = HUB_IDS.get(name, name)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", hub_id, re.ASCII):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", HUB_IDS.get(name, name), re.ASCII):
         raise NoInput(
             f"model {name}",
             "no such directory",
             f"Name tiny, {', '.join(HUB_IDS)}, a hub id OWNER/NAME, or a diffusers directory.",
         )
-    return _from_hub(hub_id)
+    return None
 
 
 def _from_hub(hub_id: str) -> Path:

@@ -40,7 +40,7 @@ class OutputDirectory:
     Raises UtilgenError when another process holds the directory, UsageError when it was made
     with other settings (the difference is shown; `overwrite` empties it instead). A `Path` in the
     settings is an input: what lies there now is a setting as well. A run that failed before it
-    had made anything binds no later one to its settings.
+    had made anything binds no later one to its settings, nor to its command.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class OutputDirectory:
         """Never mix with, or empty, a directory that this command did not make."""
         if (self.path / SETTINGS).exists():
             made_by = self._before().get("command")
-            if made_by == self.command:
+            if made_by == self.command or (made_by and not self._made_anything()):
                 return
             why = (
                 f"was made by utilgen {made_by}" if made_by else f"its {SETTINGS} is not utilgen's"
