@@ -22,6 +22,8 @@ from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.shards.writer import write_tar
 
+from .preloaded import preloaded
+
 # The suite draws the same examples every time, so that red means a change. To look for new ones:
 # HYPOTHESIS_PROFILE=search pytest
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
@@ -62,14 +64,21 @@ def tar_bytes(samples: Iterable[Sample]) -> bytes:
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory for PATH whose `utilgen` starts at once."""
+    with preloaded(tmp_path_factory.mktemp("preloaded")) as directory:
+        yield directory
+
+
 @pytest.fixture
-def utilgen(tmp_path: Path) -> Run:
+def utilgen(tmp_path: Path, commands: Path) -> Run:
     """Run `utilgen ARGS...` in the test's directory; stdin is empty unless `input` is given."""
 
     def run(
         *args: object, check: bool = True, **kwargs: object
     ) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "utilgen_cli", *map(str, args)]
+        command = [str(commands / "utilgen"), *map(str, args)]
         kwargs.setdefault("input", b"")
         done = subprocess.run(command, capture_output=True, cwd=tmp_path, **kwargs)  # type: ignore[call-overload]
         if check and done.returncode:

@@ -169,7 +169,7 @@ def test_mistakes_are_one_line_and_leave_no_shard(
 def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:
     """With stdout a terminal it refuses at once: the model it names is not even looked for."""
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "utilgen_cli", "ilpo", "-m", "no-such-model"]
+    command = [sys.executable, "-m", "utilgen_cli", "ilpo", "-m", "nobody/nothing"]
     done = subprocess.run(
         command, stdout=terminal, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=bench
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -15,20 +14,20 @@ from tests.valuation_toys import as_samples, colours, write_shards
 TRAIN = ("--steps", "12", "--folds", "2", "--snapshots", "1", "-q")
 
 
-def train_in(root, *more):
+def train_in(commands, root, *more):
     args = ["--real", "real", "--synthetic", "synth", "--val", "val", "-o", "value", *TRAIN, *more]
-    command = [sys.executable, "-m", "utilgen_cli", "value", "train", *args]
+    command = [str(commands / "utilgen"), "value", "train", *args]
     return subprocess.run(command, cwd=root, capture_output=True, check=True)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(commands, tmp_path_factory):
     """Shards, and a value model trained by the command."""
     root = tmp_path_factory.mktemp("world")
     sets = {"real": colours(8, 1), "synth": colours(10, 2), "val": colours(4, 3)}
     for name, data in sets.items():
         write_shards(root / name, data)
-    done = train_in(root)
+    done = train_in(commands, root)
     assert done.stdout == b"value\n"
     assert b"canary" not in done.stdout
     return root
@@ -69,8 +68,8 @@ def test_select_and_lookahead(world, utilgen):
     assert json.loads(done.stderr.splitlines()[-1])["lookahead"]["samples"] == 30
 
 
-def test_train_prints_json_and_is_done_the_second_time(world):
-    again = train_in(world, "--json")
+def test_train_prints_json_and_is_done_the_second_time(commands, world):
+    again = train_in(commands, world, "--json")
     assert json.loads(again.stdout) == json.loads((world / "value" / "value.json").read_text())
 
 

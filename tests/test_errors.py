@@ -85,6 +85,12 @@ def test_per_class_zero_is_a_usage_error(utilgen: Run) -> None:
     assert b"--per-class" in done.stderr
 
 
+def test_a_help_that_cannot_be_written_is_one_line(bash: Run) -> None:
+    done = bash("utilgen pairs --help > /dev/full")
+    assert done.returncode == 1
+    assert "no space left" in one_line(done.stderr, "help")
+
+
 def test_nothing_named_and_nothing_piped_is_a_usage_error(bash: Run) -> None:
     done = bash("script -qec 'utilgen pairs' /dev/null; echo code $?", stdin=None)
     assert b"code 2" in done.stdout

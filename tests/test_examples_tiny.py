@@ -50,7 +50,7 @@ def test_captions_name_the_fine_class_as_often_as_the_card_says() -> None:
     assert all(is_tilted for said, is_tilted in tilted if said)
 
 
-def test_a_bundle_is_made_of_any_shards(tmp_path: Path) -> None:
+def test_a_bundle_is_made_of_any_shards(commands: Path, tmp_path: Path) -> None:
     """Digits in a folder, packed, one step of each part: the bundle draws its own classes."""
 
     def run(*command: str | Path) -> None:
@@ -58,15 +58,16 @@ def test_a_bundle_is_made_of_any_shards(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
     images, shards, out = tmp_path / "images", tmp_path / "shards", tmp_path / "model"
-    utilgen = (sys.executable, "-m", "utilgen_cli")
     run(sys.executable, ROOT / "examples" / "second" / "images.py", "digits", images)
     assert {p.name for p in images.iterdir()} == {"pool", "real", "val", "test"}
-    run(*utilgen, "pack", images / "pool", "-o", shards)
+    run(commands / "utilgen", "pack", images / "pool", "-o", shards)
     for part, more in (("clip", ()), ("vae", ()), ("unet", ("--latents", "500"))):
         script = ROOT / "examples" / "tiny" / f"train_{part}.py"
         run(sys.executable, script, out, "--pool", shards, "--steps", "1", "--batch", "8", *more)
     drawn = tmp_path / "drawn"
-    run(*utilgen, "generate", "-m", out, "--per-class", "1", "--steps", "1", "-o", drawn)
+    run(
+        commands / "utilgen", "generate", "-m", out, "--per-class", "1", "--steps", "1", "-o", drawn
+    )
     found = [s.facts["class_name"] for s in open_source([str(drawn)]).samples()]
     assert found == sorted(path.name for path in (images / "pool").iterdir())
 

@@ -14,20 +14,25 @@ import pytest
 
 from utilgen_cli.shards.operands import open_source
 
-from .conftest import DATA
-
-TOY = {"UTILGEN_MODEL": "tiny", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def run(script: str, directory: Path, **kwargs: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(  # type: ignore[call-overload]
-        ["bash", "-o", "pipefail", "-c", script], cwd=directory, capture_output=True,
-        env={**os.environ, **TOY}, **kwargs,
-    )  # fmt: skip
+from .conftest import DATA, Run
 
 
 @pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(commands: Path) -> Run:
+    """Run a script in a directory, with `utilgen` on the PATH and the shipped model for default."""
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def call(script: str, directory: Path, **kwargs: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(  # type: ignore[call-overload]
+            ["bash", "-o", "pipefail", "-c", script], cwd=directory, capture_output=True,
+            env={**os.environ, "UTILGEN_MODEL": "tiny", "PATH": path}, **kwargs,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def loop(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with tokens/, synth/ and value/ made by the commands."""
     directory = tmp_path_factory.mktemp("loop")
     done = run(
@@ -44,7 +49,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FORCE = "--force"  # a smoke-size value model may miss the canary's bar: the plumbing is tested here
 
 
-def test_score_pairs_tar(loop: Path) -> None:
+def test_score_pairs_tar(loop: Path, run: Run) -> None:
     done = run(f"utilgen value score synth/ {FORCE} | utilgen pairs | tar tf -", loop)
     assert done.returncode == 0, done.stderr.decode()
     names = done.stdout.decode().split()
@@ -52,7 +57,7 @@ def test_score_pairs_tar(loop: Path) -> None:
     assert {name.partition(".")[2] for name in names} == {"win.png", "lose.png", "cls", "json"}
 
 
-def test_the_same_on_a_terminal_is_a_listing_and_no_tar(loop: Path) -> None:
+def test_the_same_on_a_terminal_is_a_listing_and_no_tar(loop: Path, run: Run) -> None:
     script = f"script -qec 'utilgen value score synth/ {FORCE} | utilgen pairs' /dev/null"
     done = run(script, loop, stdin=subprocess.DEVNULL)
     text = done.stdout.decode(errors="replace")
@@ -66,7 +71,7 @@ def test_the_same_on_a_terminal_is_a_listing_and_no_tar(loop: Path) -> None:
     assert "utility" in single.stdout.decode() and b"\0" not in single.stdout
 
 
-def test_generate_score_pairs_dpo(loop: Path) -> None:
+def test_generate_score_pairs_dpo(loop: Path, run: Run) -> None:
     done = run(
         f"utilgen generate --tokens tokens/ --per-class 8 --steps 4 | utilgen value score --value value/ {FORCE}"
         " | utilgen pairs | utilgen dpo -m tiny --tokens tokens/ -o round1/ --smoke",
@@ -93,7 +98,7 @@ def test_generate_score_pairs_dpo(loop: Path) -> None:
 @pytest.mark.parametrize(
     "stage", ["value score --force", "pairs", "dpo --tokens tokens -o cut-dpo --smoke"]
 )
-def test_a_cut_stream_ends_the_next_stage_with_65(loop: Path, stage: str) -> None:
+def test_a_cut_stream_ends_the_next_stage_with_65(loop: Path, run: Run, stage: str) -> None:
     upstream = {
         "value score --force": "synth",
         "pairs": "scored",
@@ -115,7 +120,7 @@ def test_a_cut_stream_ends_the_next_stage_with_65(loop: Path, stage: str) -> Non
     assert not (loop / "out").read_bytes().endswith(bytes(1024)), "the result looks whole"
 
 
-def test_generate_refuses_a_terminal_before_any_work(loop: Path) -> None:
+def test_generate_refuses_a_terminal_before_any_work(loop: Path, run: Run) -> None:
     done = run(
         "script -qec 'utilgen generate --per-class 1' /dev/null", loop, stdin=subprocess.DEVNULL
     )
@@ -123,7 +128,7 @@ def test_generate_refuses_a_terminal_before_any_work(loop: Path) -> None:
     assert done.returncode == 2
 
 
-def test_json_summaries_are_json(loop: Path) -> None:
+def test_json_summaries_are_json(loop: Path, run: Run) -> None:
     done = run(
         f"utilgen value score synth {FORCE} --json | utilgen pairs --json -o pairs-json", loop
     )
@@ -134,7 +139,7 @@ def test_json_summaries_are_json(loop: Path) -> None:
     assert len(summaries) == 2
 
 
-def test_the_loop_script_runs_to_its_report(tmp_path: Path) -> None:
+def test_the_loop_script_runs_to_its_report(run: Run, tmp_path: Path) -> None:
     script = DATA.parent / "loop.sh"
     done = run(f"SMOKE=1 bash {script} {DATA}/real {DATA}/val {DATA}/test tiny 1 4", tmp_path)
     assert done.returncode == 0, done.stderr.decode()

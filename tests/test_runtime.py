@@ -232,6 +232,28 @@ with signals.running("test"), signals.deferred():
     assert time.monotonic() - start < 30
 
 
+def test_a_run_that_is_stopped_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """It ends without taking Python down, so what would be closed by that has to be closed before."""
+    (tmp_path / "temporary").mkdir()
+    code = f"""import os, sys
+from utilgen_cli.app import main
+from utilgen_cli.classification import data
+data.IN_MEMORY, append = 1, data._Pixels.append
+def hit(pixels, rgb):
+    append(pixels, rgb)
+    if pixels.count == 3:
+        print(*os.listdir("temporary"), flush=True)
+        os.kill(os.getpid(), 15)
+data._Pixels.append = hit
+sys.argv[1:] = "value train --smoke -q -o value --real {ROOT}/examples/data/real".split()
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path,
+                          env={**os.environ, "TMPDIR": "temporary"})  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.endswith(b".pixels\n")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_an_error_is_one_terminal_safe_line() -> None:
     line = str(UtilgenError("a\x1b[31m\nb", "why", "Do this."))
     assert "\n" not in line and "\x1b" not in line

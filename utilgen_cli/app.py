@@ -149,8 +149,12 @@ def main() -> None:
         os.environ["UTILGEN_DEBUG"] = "1"
     signals.install()
     signals.watch()
+    code: Any = None
     try:
         app(prog_name="utilgen")
     except SystemExit as end:
-        signals.end(end.code)
-        raise
+        code = end.code
+    except OSError as error:  # of a help text that cannot be written
+        code = _fail("help", error, ()).exit_code
+    signals.end(code)  # no exception holds what the run had open any more
+    sys.exit(code)
