@@ -64,7 +64,7 @@ def evaluate(
     where = pick_device(device)
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
-        preset, steps=30 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
+        preset, steps=10 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
         validate_every=validate_every, precision=precision, augmentation=augment,
     )  # fmt: skip
     pixels = size or (32 if archs == ["small-cnn"] else 224)
