@@ -17,7 +17,7 @@ from pathlib import Path
 
 @contextmanager
 def preloaded(directory: Path) -> Iterator[Path]:
-    """A directory for PATH with a `utilgen` that starts at once; its process ends with the block."""
+    """A directory for PATH with a `utilgen` that starts at once; its process ends with the block or with ours."""
     address = directory / "socket"
     command = directory / "bin" / "utilgen"
     command.parent.mkdir()
@@ -26,10 +26,8 @@ def preloaded(directory: Path) -> Iterator[Path]:
     command.chmod(0o755)
     words = [sys.executable, "-m", f"{__name__}.server", str(address)]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE) as server:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=root, stdin=pipe, stdout=pipe) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
-        try:
-            yield command.parent
-        finally:
-            server.kill()
+        yield command.parent

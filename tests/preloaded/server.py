@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -34,6 +35,9 @@ def serve(address: str) -> list[str]:
         listening.listen(64)
         print("ready", flush=True)
         while True:
+            ready, _, _ = select.select([listening, sys.stdin], [], [])
+            if sys.stdin in ready:  # closed: the tests are over
+                os._exit(0)
             client, _ = listening.accept()
             if os.fork() == 0:
                 break
