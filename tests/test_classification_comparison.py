@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from utilgen_cli.classification import evaluation
 from utilgen_cli.classification.arms import at_volume, build_arms
 from utilgen_cli.classification.comparison import Comparison, Inputs, Protocol, compare_arms
 from utilgen_cli.classification.cost import generation_cost
+from utilgen_cli.classification.data import shuffled_batches
 from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.runtime import signals
-from utilgen_cli.runtime.errors import Stopped, UsageError
+from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.files import write_json
 from utilgen_cli.shards.operands import Source
 from utilgen_cli.shards.sample import Sample
@@ -198,10 +200,29 @@ def test_volumes_are_multiples_of_each_class(inputs: Inputs) -> None:
     assert set(cut.keys) <= set(synthetic.keys)
     with pytest.raises(UsageError, match="has 8 images of 'red', not 12"):
         at_volume("good", synthetic, real, 3)
+    with pytest.raises(UsageError, match="leaves no image of good"):
+        at_volume("good", synthetic, real, 0.1)
+    with pytest.raises(ValueError, match="no images"):
+        next(shuffled_batches(0, 4, torch.Generator()))
     arms = build_arms(real, {"good": synthetic}, None, [1, 2])
     assert [arm.name for arm in arms] == [
         "real", "good x1", "good x2", "real + good x1", "real + good x2",
     ]  # fmt: skip
+
+
+def test_an_arm_that_is_named_twice_is_tested_once(inputs: Inputs) -> None:
+    twice = replace(PROTOCOL, archs=["small-cnn", "small-cnn"], seeds=1)
+    found = compare_arms(inputs, twice)
+    assert found is not None and found.summary["arms"]
+
+
+def test_a_stopped_comparison_without_a_directory_says_that_nothing_is_kept(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_received", [signal.SIGTERM])
+    with pytest.raises(UtilgenError, match=r"nothing is kept.*-o DIR") as caught:
+        compare_arms(inputs, PROTOCOL)
+    assert caught.value.exit_code == 1
 
 
 def test_the_cost_of_a_set_is_that_of_all_its_stages(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def test_no_samples_is_no_input(tmp_path: Path) -> None:
         load_images(open_source([str(tmp_path / "0.tar")]), 16)
 
 
+def test_a_sample_without_a_name_takes_that_of_the_others(tmp_path: Path) -> None:
+    first, second = samples_of(colour_images(2).subset([0, 1]))
+    unnamed = first.with_member("json", b'{"class_name": null}')
+    write_shard(tmp_path / "0.tar", [unnamed, second])
+    assert first.label == second.label
+    found = load_images(open_source([str(tmp_path)]), 16)
+    assert found.classes[first.label] == second.facts["class_name"]
+
+
 def test_samples_without_facts_are_named_by_their_label(tmp_path: Path) -> None:
     samples = samples_of(colour_images(1))
     for sample in samples:

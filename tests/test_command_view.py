@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from utilgen_cli.shards.sample import Sample
+
 from .conftest import Run, make_sample, tar_bytes
 
 
@@ -14,6 +16,21 @@ def test_it_writes_a_page_or_a_picture_and_says_where(utilgen: Run, tmp_path: Pa
     data = (tmp_path / "a.tar").read_bytes()
     assert utilgen("view", "-o", "sheet.png", input=data).stdout == b"sheet.png\n"
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_read_to_their_end(utilgen: Run, tmp_path: Path) -> None:
+    png = make_sample(1, size=64).members["png"]
+    pair = {
+        "win.png": png,
+        "lose.png": png,
+        "cls": b"0",
+        "json": b'{"win_utility": 1, "lose_utility": 0}',
+    }
+    whole = tar_bytes(Sample(f"{i:06d}", pair) for i in range(40))
+    assert utilgen("view", "--limit", 1, "-o", "page.html", input=whole).stdout == b"page.html\n"
+    cut = whole.rstrip(b"\0")
+    done = utilgen("view", "--limit", 1, "-o", "cut.html", input=cut, check=False)
+    assert done.returncode == 65 and b"the stream ends inside" in done.stderr
 
 
 def test_errors_are_one_line_and_nothing_is_written(utilgen: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utilgen_cli.commands.streams import run_source
 from utilgen_cli.runtime.checkpoint import load_checkpoint, save_checkpoint, save_tensors
@@ -68,6 +69,19 @@ def test_sixteen_bits_keep_their_brightness_and_cmyk_its_colour() -> None:
     assert plain.dtype == grey.dtype
     cmyk = decode_rgb(Sample("a", dict([images["cmyk"][:2]]))).astype(int)
     assert abs(cmyk - decode_rgb(Sample("a", dict([images["palette"][:2]])))).mean() < 60
+
+
+def test_a_photograph_is_turned_as_the_camera_was_held() -> None:
+    rgb = np.zeros((40, 60, 3), np.uint8)
+    rgb[:10] = 255  # the top of what the sensor saw is the right side of the picture
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(rgb).save(out, "JPEG", exif=exif, quality=95)
+    sample = Sample("0000-000000", {"jpg": out.getvalue(), "cls": b"0"})
+    upright = decode_rgb(sample)
+    assert upright.shape == (60, 40, 3)
+    assert upright[:, 32:].mean() > 250 > 5 > upright[:, :28].mean()
+    assert decode_rgb(sample, 8)[:, 7].mean() > 200
 
 
 def test_skip_leaves_bad_samples_out_counts_them_and_says_so(utilgen: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from utilgen_cli.commands.valuing import ScoreRequest
 from utilgen_cli.report.evaluation import prepare_report
 from utilgen_cli.runtime.errors import NoInput, UsageError, UtilgenError
 from utilgen_cli.runtime.files import open_locked
-from utilgen_cli.runtime.output import OutputDirectory
+from utilgen_cli.runtime.output import OutputDirectory, contents
 from utilgen_cli.runtime.ranks import world
 from utilgen_cli.shards.check import check_shards
 from utilgen_cli.shards.folder import list_images
@@ -23,7 +23,7 @@ from utilgen_cli.shards.quarantine import Quarantine
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
-from .conftest import make_sample
+from .conftest import Run, make_sample, tar_bytes
 
 
 def shard(path: Path, *numbers: int) -> Path:
@@ -171,6 +171,63 @@ def test_parts_of_arrays_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source(["-"]).part("0/2")
     monkeypatch.setenv("RANK", "abc")
     assert world() == (0, 1)
+
+
+@pytest.mark.parametrize(("first", "last", "step", "count", "task"), [(1, 6, 1, 3, 4), (1, 4, 1, 2, 1), (0, 4, 2, 3, 3)])  # fmt: skip
+def test_an_array_that_is_no_range_has_no_parts(
+    first: int, last: int, step: int, count: int, task: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--array=1,4,6`: each task would take a share that others take too, or none at all."""
+    variables = {"MIN": first, "MAX": last, "STEP": step, "COUNT": count, "ID": task}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(UsageError, match=r"not a range.*--part I/N"):
+        parse_part("slurm")
+
+
+def test_what_another_program_made_is_read_and_never_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    whole = tar_bytes([make_sample(1), make_sample(2)])
+    (foreign / "00000.tar").write_bytes(whole)
+    (foreign / "00000_stats.json").write_text('{"count": 2, "successes": 2}')  # img2dataset's
+    assert check_shards([foreign], remove=True).samples == 2
+    (foreign / "00001.tar").write_bytes(whole[:2048])
+    assert len(check_shards([foreign], remove=True).broken) == 1
+    assert (foreign / "00001.tar").exists()
+    (foreign / "settings.json").write_text('{"command": "pack"}')
+    check_shards([foreign], remove=True)
+    assert not (foreign / "00001.tar").exists()
+
+
+def test_a_key_that_stands_twice_in_a_shard_and_a_shard_that_is_gone_are_told(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "00000.tar").write_bytes(
+        tar_bytes([make_sample(1), make_sample(2), make_sample(1)])
+    )
+    shard(tmp_path / "00001.tar", 5).unlink()
+    broken = check_shards([tmp_path]).broken
+    assert [row["why"].split(": ")[-1] for row in broken] == ["its key stands twice", "it is gone"]
+
+
+def test_other_contents_of_shards_without_statistics_are_other_contents(tmp_path: Path) -> None:
+    """Of the same size, since a tar is padded."""
+    found = []
+    for label in (0, 1):
+        (tmp_path / "a.tar").write_bytes(tar_bytes([make_sample(1, label)]))
+        found.append((contents([tmp_path]), (tmp_path / "a.tar").stat().st_size))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+def test_packed_again_from_other_images_is_refused(utilgen: Run, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.png").write_bytes(make_sample(1).members["png"])
+    utilgen("pack", "photos", "-o", "real")
+    (tmp_path / "photos" / "dog").rename(tmp_path / "photos" / "wolf")
+    done = utilgen("pack", "photos", "-o", "real", check=False)
+    assert done.returncode == 2 and b"other settings" in done.stderr
 
 
 def test_a_list_from_a_spreadsheet_may_begin_with_a_mark(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_samples_keep_their_order_and_bytes(value):
         assert all(after.members[name] == data for name, data in before.members.items())
 
 
+def test_a_class_may_be_named_by_a_number_or_not_at_all(value):
+    sample = next(iter(as_samples(colours(1, 7))))
+    unnamed = sample.with_member("json", b'{"class_name": null}')
+    assert next(score_samples([unnamed], value)).key == sample.key
+    assert sample.with_member("json", b'{"class_name": 7}').facts == {"class_name": "7"}
+    assert "class_name" not in unnamed.facts
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_the_same_facts(value, method):
     sample = next(score_samples(as_samples(colours(1, 7)), value, method))

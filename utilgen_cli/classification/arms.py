@@ -77,6 +77,8 @@ def at_volume(
                 f"Generate {wanted} a class, or lower --times.",
             )  # fmt: skip
         keep.append(own[:wanted])
+    if not any(len(own) for own in keep):
+        raise UsageError(f"--times {times:g}", f"leaves no image of {name}", "Raise it.")
     return synthetic.subset(torch.cat(keep).sort().values)
 
 

@@ -90,7 +90,7 @@ def load_images(
         pixels.tensor(),
         torch.tensor(labels, dtype=torch.int64),
         keys,
-        [names.get(i, str(i)) for i in range(max(names) + 1)],
+        [names.get(i, str(i)) for i in range(max([*names, *labels]) + 1)],
     )
 
 
@@ -101,8 +101,8 @@ def _check_label(sample: Sample, names: dict[int, str], fixed: bool) -> None:
             sample.key, f"label {label} is not one of the {len(names)} classes",
             "All shards of a task need the same classes.",
         )  # fmt: skip
-    name = str(sample.facts.get("class_name", names.get(label, label)))
-    if names.setdefault(label, name) != name:
+    name = sample.facts.get("class_name")
+    if name is not None and names.setdefault(label, name) != name:
         raise BadInput(
             sample.key, f"class {label} is {name!r} here and {names[label]!r} before",
             "All shards of a task need the same classes.",
@@ -194,6 +194,8 @@ def distort(
 
 def shuffled_batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless index batches [batch_size]: epoch after epoch, each a permutation of range(n)."""
+    if not n:
+        raise ValueError("no images to draw batches of")
     pool = torch.empty(0, dtype=torch.long)
     while True:
         while len(pool) < batch_size:

@@ -152,7 +152,8 @@ def judge_runs(
 
     `open_test` is called once, and only if there is something left to test.
     """
-    missing = [run for run in runs if not result_path(directory, run).exists()]
+    untested = {run.name: run for run in runs if not result_path(directory, run).exists()}
+    missing = list(untested.values())
     if not missing:
         return
     test = open_test()

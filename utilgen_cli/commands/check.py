@@ -44,5 +44,5 @@ def check(
     report(summary, as_json, "" if found.broken else whole, to_stdout=True)
     if found.broken:
         first = found.broken[0]
-        remedy = "Remove it with --remove and run the command that made it again."
+        remedy = "Run the command that made it again; --remove takes away what utilgen made."
         raise BadInput(first["shard"], first["why"].removeprefix(f"{first['shard']}: "), remedy)

@@ -35,7 +35,7 @@ def pack(
 
     Example: utilgen pack photos/ -o real/    (photos/cat/1.jpg, photos/dog/2.png, ...)
     """
-    from ..shards.folder import list_images, pack_images, readable
+    from ..shards.folder import list_images, listing_digest, pack_images, readable
     from .quarantining import quarantine_of, tell
     from .streams import report, run_source
 
@@ -43,7 +43,8 @@ def pack(
     listed, classes = list_images(folder, shots, seed)
     images = readable(list(enumerate(listed)), aside)
     settings = {"folder": str(folder), "size": size, "shots": shots, "seed": seed,
-                "shard_size": shard_size, "images": len(images), **aside.settings()}  # fmt: skip
+                "shard_size": shard_size, "images": len(images),
+                "contents": listing_digest(listed, classes), **aside.settings()}  # fmt: skip
     count = run_source(
         lambda part: pack_images(part, classes, size), images, output, "pack",
         settings, overwrite, shard_size,

@@ -20,14 +20,13 @@ from ..shards.operands import Source, parse_part
 from ..shards.parquet import write_pickapic
 from ..shards.partial import clear_leftovers, resume_shard
 from ..shards.sample import Sample
-from ..shards.sums import is_as_written, stats_path
+from ..shards.sums import PUBLISHED, is_as_written, stats_path
 from ..shards.writer import write_shard, write_tar
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
 T = TypeVar("T")
 Item = tuple[int, int]  # (class index, image index)
 INCOMING = ".incoming"
-PUBLISHED = ".shards.json"  # written last: the names of all shards of a stream
 SHARE = "Share it with --part rank, or run it without torchrun."
 CELL = 80  # characters of a listing's cell
 KEEP = "Keep the result with `-o DIR`, or pipe it into the next command."

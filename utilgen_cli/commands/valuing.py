@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import UsageError, printable
 from ..runtime.progress import Progress
 from ..runtime.ranks import one_process
-from ..shards.operands import open_source
+from ..shards.operands import expand_braces, open_source
 from ..shards.sample import Sample
 from .streams import SHARE, Listing, report, run_filter, run_reduction
 
@@ -59,7 +59,10 @@ def train_into(
     for names in inputs.values():
         for name in names:
             _refuse_pipe(name)
-    read = {kind: [Path(name) for name in names] for kind, names in inputs.items()}
+    read = {
+        kind: [Path(one) for name in names for one in expand_braces(name)]
+        for kind, names in inputs.items()
+    }
     settings = {**config.facts(), **read, "seed": seed, "size": size, **aside.settings()}
     with OutputDirectory(output, "value train", settings, overwrite) as out:
         if out.is_done(VALUE_JSON):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -33,8 +34,10 @@ def view_png(samples: Iterable[Sample], limit: int, lowest: bool = False) -> byt
     return contact_png(collect(rest, limit), lowest)
 
 
-def _pairs_page(samples: Iterable[Sample], title: str, limit: int) -> str:
-    pairs = [pair for s in islice(samples, min(limit * 10, MAX_PAIRS)) if (pair := halves(s))]
+def _pairs_page(samples: Iterator[Sample], title: str, limit: int) -> str:
+    shown = islice(samples, min(limit * 10, MAX_PAIRS))
+    pairs = [pair for s in shown if (pair := halves(s))]
+    deque(samples, maxlen=0)  # to the end mark: a stream that was cut is refused
     lead = f"{len(pairs)} pairs: the winner, then the loser."
     body = pair_list(pairs, ("wins", "loses"))
     return page(title, tag("h1", title), tag("p", lead, class_="lead"), body)

@@ -18,7 +18,7 @@ from .errors import UsageError, UtilgenError
 from .files import write_json
 
 SETTINGS = "settings.json"
-ENDS = 1 << 20  # bytes of each end of a file of weights that are looked at
+ENDS = 1 << 20  # bytes of each end of a file that are looked at
 
 
 _held: set[int] = set()  # descriptors of locks
@@ -229,8 +229,9 @@ def _paths(value: Any) -> Iterator[Path]:
 def contents(paths: Sequence[Path]) -> str | None:
     """A digest of the shards and weights at `paths`; None if nothing is there.
 
-    Of a shard its own sum where its statistics have one, else its size; of weights their size and
-    their ends. The same bytes made again give the same digest; other ones, in all likelihood, not.
+    Of a shard its own sum where its statistics have one; of other shards and of weights the size
+    and the first and last MiB. The same bytes made again give the same digest; other ones, in all
+    likelihood, not.
     """
     files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
     whole, count = hashlib.blake2b(digest_size=8), 0
@@ -248,8 +249,6 @@ def _gist(file: Path) -> bytes:
         if found:
             return found[1]
     size = file.stat().st_size
-    if file.suffix == ".tar":
-        return str(size).encode()
     with file.open("rb") as f:
         head = f.read(ENDS)
         f.seek(max(0, size - ENDS))

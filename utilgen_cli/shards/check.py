@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime.errors import BadInput, UsageError
+from ..runtime.output import SETTINGS
 from ..runtime.progress import Progress, silent
 from .operands import open_source, read_path
 from .quarantine import Quarantine, check_any
-from .sums import read_stats, stats_path
+from .sums import PUBLISHED, STATS, read_stats, stats_path
 
 
 @dataclass
@@ -30,11 +33,12 @@ def check_shards(
     remove: bool = False,
     quarantine: Quarantine | None = None,
 ) -> CheckResult:
-    """Read every shard to its end. With `remove` broken ones are deleted, for a rerun to remake.
+    """Read every shard to its end. With `remove` broken ones are deleted, for a rerun to remake,
+    where utilgen made them: they have its statistics, or lie beside its settings.
 
-    A key that stands in two shards of a directory is told, and nothing is deleted for it. Pictures
-    are decoded where no sums vouch for them. `quarantine` may count single bad samples
-    instead of calling their shard broken.
+    A key that stands twice in a directory is told, and nothing is deleted for it; a shard that is
+    gone while its directory knows of it, too. Pictures are decoded where no sums vouch for them.
+    `quarantine` may count single bad samples instead of calling their shard broken.
     """
     shards = open_source([str(operand) for operand in operands]).shards()
     if not shards:
@@ -44,30 +48,61 @@ def check_shards(
     with progress("check", len(shards)) as task:
         for shard in shards:
             try:
-                keys = _check_shard(shard, quarantine or Quarantine())
+                keys, doubled = _check_shard(shard, quarantine or Quarantine())
             except BadInput as error:
                 result.broken.append({"shard": str(shard), "why": f"{error.what}: {error.why}"})
-                if remove:
+                if remove and _is_ours(shard):
                     shard.unlink()
                     stats_path(shard).unlink(missing_ok=True)
             else:
                 result.samples += len(keys)
-                if why := _twice(keys, known[shard.parent]):
+                if why := doubled or _twice(keys, known[shard.parent]):
                     result.broken.append({"shard": str(shard), "why": why})
                 known[shard.parent].update(dict.fromkeys(keys, shard.name))
             task.advance(broken=str(len(result.broken)))
+    for directory in operands:
+        for lost in _lost(directory) if directory.is_dir() else ():
+            result.broken.append({"shard": str(lost), "why": "it is gone"})
     return result
 
 
-def _check_shard(shard: Path, quarantine: Quarantine) -> dict[bytes, str]:
-    """The keys of its good samples, by their digests. BadInput: what is wrong with it."""
+def _is_ours(shard: Path) -> bool:
+    with suppress(OSError, ValueError, TypeError):
+        if "command" in json.loads((shard.parent / SETTINGS).read_text()):
+            return True
+    return _has_stats(shard)
+
+
+def _has_stats(shard: Path) -> bool:
+    with suppress(BadInput):
+        return read_stats(shard) is not None
+    return False
+
+
+def _lost(directory: Path) -> list[Path]:
+    """Shards that have statistics, or stand in the list of their directory, and are not there."""
+    named = (path.name.removesuffix(STATS) for path in directory.glob(f"*{STATS}"))
+    known = {path for name in named if _has_stats(path := directory / f"{name}.tar")}
+    with suppress(OSError, ValueError, TypeError):
+        known |= {directory / name for name in json.loads((directory / PUBLISHED).read_text())}
+    return sorted(path for path in known if not path.exists())
+
+
+def _check_shard(shard: Path, quarantine: Quarantine) -> tuple[dict[bytes, str], str]:
+    """The keys of its good samples, by their digests, and what is wrong if one stands twice.
+
+    BadInput: what is wrong with the shard."""
     vouched = read_stats(shard) is not None
-    keys = {}
+    keys: dict[bytes, str] = {}
+    doubled = ""
     for sample in read_path(shard, quarantine):
         if not vouched and not quarantine.skip:
             check_any(sample)
-        keys[hashlib.blake2b(sample.key.encode(), digest_size=12).digest()] = sample.key
-    return keys
+        short = hashlib.blake2b(sample.key.encode(), digest_size=12).digest()
+        if short in keys:
+            doubled = f"sample {sample.key}: its key stands twice"
+        keys[short] = sample.key
+    return keys, doubled
 
 
 def _twice(keys: dict[bytes, str], known: dict[bytes, str]) -> str:

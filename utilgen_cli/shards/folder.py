@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,6 +68,12 @@ def _from_csv(path: Path) -> dict[str, list[Path]]:
     if not named:
         raise BadInput(str(path), "no rows", "Give columns path and label, a row an image.")
     return named
+
+
+def listing_digest(images: list[Labelled], classes: list[str]) -> str:
+    """A digest of the class names and of each image's class, name and size in bytes."""
+    listed = [[label, path.name, path.stat().st_size] for label, path in images]
+    return hashlib.blake2b(encode_json({"of": [classes, listed]}), digest_size=8).hexdigest()
 
 
 def readable(

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .sample import IMAGE_TYPES, BadSample, Sample
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 16
 MAX_THREADS = 8  # each may hold a picture of MAX_PIXELS
+ORIENTATION = 0x0112  # the Exif tag: a camera that was held on its side
 FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of PIL's is ever asked
 STILL = ("MPO",)  # a photograph with a second picture behind it, as some cameras make them
 
@@ -24,8 +25,9 @@ STILL = ("MPO",)  # a photograph with a second picture behind it, as some camera
 def decode_rgb(sample: Sample, size: int | None = None) -> np.ndarray:
     """The image of a sample as uint8 [H, W, 3]; with `size` as a centred square of that side.
 
-    CMYK, 16-bit, grey and transparent images are converted. BadSample: no image, broken bytes, an
-    animation, or more than MAX_PIXELS (looked at before decoding).
+    CMYK, 16-bit, grey and transparent images are converted; images are turned as Exif says.
+    BadSample: no image, broken bytes, an animation, or more than MAX_PIXELS (looked at before
+    decoding).
     """
     return decode_member(sample, *sample.image, size)
 
@@ -67,7 +69,8 @@ def _decode(sample: Sample, kind: str, data: bytes, size: int | None) -> np.ndar
         _check_shape(sample, kind, image)
         if size is not None:
             image.draft("RGB", (2 * size, 2 * size))
-        rgb = to_rgb(image)
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        rgb = to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError:

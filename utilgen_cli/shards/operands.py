@@ -133,13 +133,11 @@ def parse_part(spec: str) -> tuple[int, int]:
     """(index, count) of `I/N`, of torchrun's rank (`rank`), or of a SLURM array task (`slurm`)."""
     try:
         if spec == "rank":
-            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if spec == "slurm":
-            first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-            step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-            count = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-            return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, count
-        index, count = (int(n) for n in spec.split("/"))
+            index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        elif spec == "slurm":
+            index, count = _slurm_part()
+        else:
+            index, count = (int(n) for n in spec.split("/"))
     except KeyError as error:
         raise UsageError(
             f"--part {spec}", f"{error.args[0]} is not set", "Use --part I/N."
@@ -150,4 +148,17 @@ def parse_part(spec: str) -> tuple[int, int]:
         ) from None
     if not 0 <= index < count:
         raise UsageError(f"--part {spec}", "I must lie between 0 and N-1", "Parts count from 0.")
+    return index, count
+
+
+def _slurm_part() -> tuple[int, int]:
+    """UsageError for an array that is no range: its tasks cannot know which parts they are."""
+    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+    count = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", str(first + (count - 1) * step)))
+    index, odd = divmod(int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, step)
+    if odd or last != first + (count - 1) * step or not 0 <= index < count:
+        why = f"the {count} tasks from {first} to {last} are not a range"
+        raise UsageError("--part slurm", why, "Give --array=0-N, or the tasks --part I/N.")
     return index, count

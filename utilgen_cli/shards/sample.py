@@ -55,14 +55,15 @@ class Sample:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The `json` member ({} where there is none)."""
+        """The `json` member ({} where there is none); a `class_name` in it is text."""
         if "json" not in self.members:
             return {}
         facts = self.parsed("json")
         for name, kinds in TEXTS.items():
             if not isinstance(facts.get(name), kinds):
                 raise self.bad(f"the {name} in its json is no text")
-        return facts
+        named = facts.pop("class_name", None)
+        return facts if named is None else {**facts, "class_name": str(named)}
 
     @property
     def label(self) -> int:

@@ -14,13 +14,15 @@ from typing import Any
 from ..runtime.errors import BadInput
 from .sample import BadSample, Sample
 
+STATS = "_stats.json"  # after a shard's stem
 MAX_STATS = 1 << 28  # bytes
+PUBLISHED = ".shards.json"  # of a directory, written last: the names of all shards of a stream
 SUM_REASON = "not as written"
 
 
 def stats_path(shard: Path) -> Path:
     """Where the statistics of SHARD.tar lie: SHARD_stats.json beside it."""
-    return shard.with_name(f"{shard.stem}_stats.json")
+    return shard.with_name(f"{shard.stem}{STATS}")
 
 
 def read_stats(shard: Path) -> dict[str, Any] | None:
@@ -30,6 +32,8 @@ def read_stats(shard: Path) -> dict[str, Any] | None:
         if path.stat().st_size > MAX_STATS:
             raise BadInput(str(path), "too large for statistics")
         stats = json.loads(path.read_bytes())
+        if type(stats) is dict and not {"sample_sha256", "utilgen"} & set(stats):
+            return None  # another program's, as img2dataset's
         keys, size, whole = stats["sample_sha256"], stats["bytes"], stats["sha256"]
         if type(keys) is dict and type(size) is int and type(whole) is str:
             return dict(stats)

@@ -235,9 +235,9 @@ def _why_none(pool: SamplePool, members: np.ndarray, config: PairingConfig) -> s
 def _pair_sample(pool: SamplePool, pair: tuple[int, int], layout: str) -> Sample:
     win, lose = pair
     winner, loser = pool.read(win), pool.read(lose)
-    label = str(pool.label[win]).encode()
+    label = str(pool.label[win])
     if layout == "pickapic":
-        return Sample(winner.key, _pickapic_members(winner, loser))
+        return Sample(winner.key, _pickapic_members(winner, loser, label))
     facts = {
         **{name: value for name, value in winner.facts.items() if value is not None},
         "win_key": winner.key,
@@ -248,15 +248,15 @@ def _pair_sample(pool: SamplePool, pair: tuple[int, int], layout: str) -> Sample
     members = {
         f"win.{winner.extension}": winner.image,
         f"lose.{loser.extension}": loser.image,
-        "cls": label,
+        "cls": label.encode(),
         "json": encode_json(facts),
     }
     return Sample(winner.key, members)
 
 
-def _pickapic_members(winner: Candidate, loser: Candidate) -> dict[str, bytes]:
+def _pickapic_members(winner: Candidate, loser: Candidate, label: str) -> dict[str, bytes]:
     """The columns of the Pick-a-Pic data set; the first image is the preferred one."""
-    caption = winner.facts["prompt"] or f"a photo of a {winner.facts['class_name']}"
+    caption = winner.facts["prompt"] or f"a photo of a {winner.facts['class_name'] or label}"
     return {
         "jpg_0": winner.image,
         "jpg_1": loser.image,
