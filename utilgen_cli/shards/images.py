@@ -69,7 +69,7 @@ def _decode(sample: Sample, kind: str, data: bytes, size: int | None) -> np.ndar
         _check_shape(sample, kind, image)
         if size is not None:
             image.draft("RGB", (2 * size, 2 * size))
-        turned = image.getexif().get(ORIENTATION, 1) != 1
+        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
         rgb = to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except (BadSample, MemoryError):
         raise
