@@ -47,6 +47,7 @@ def test_dpo_reads_a_pipe_and_prints_its_directory(
         "dpo", "-m", bundle, *QUICK, "-o", "round1", "--json", input=tar_bytes(pairs(16))
     )
     assert json.loads(again.stdout)["pairs"] == 16
+    assert b"round1 was done before; the pipe was not compared with it." in again.stderr
     broken = utilgen("dpo", "-m", bundle, *QUICK, "-o", "round1", input=b"", check=False)
     assert broken.returncode == 65, "what fails upstream is said, also when the work is done"
 
@@ -94,6 +95,33 @@ def test_schedules_and_optimisers_that_are_not_there() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UsageError, match="pip install bitsandbytes"):
             make_optimizer(weights, FinetuneConfig(optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("per", ["dataset", "class"])
+def test_what_lora_learns_with_class_tokens_can_be_drawn_with(
+    per: str, utilgen: Run, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "real.tar").write_bytes(tar_bytes(shots()))
+    utilgen("invert", "real.tar", "-m", bundle, *QUICK, "-o", "tokens")
+    utilgen(
+        "lora", "real.tar", "-m", bundle, "--tokens", "tokens", "--per", per, *QUICK, "-o", "lora"
+    )
+    drawing = ["generate", "-m", bundle, "--tokens", "tokens", "--adapter", "lora", "--steps", "1"]
+    assert utilgen(*drawing, "-q", "-o", "drawn").returncode == 0
+    assert (tmp_path / "drawn" / "00000.tar").exists()
+
+
+def test_a_model_that_changed_under_its_name_is_another_one(
+    utilgen: Run, bundle: Path, tmp_path: Path
+) -> None:
+    drawing = ["generate", "-m", bundle, "--steps", "1", "-q", "-o", "drawn"]
+    utilgen(*drawing)
+    weights = bundle / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    done = utilgen(*drawing, check=False)
+    assert done.returncode == 2 and b"model files contents was" in done.stderr
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(

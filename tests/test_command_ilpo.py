@@ -166,6 +166,30 @@ def test_mistakes_are_one_line_and_leave_no_shard(
     assert not list(bench.glob("best/*.tar"))
 
 
+@pytest.mark.parametrize("missing", ["dress", "ankle boot"])
+@pytest.mark.parametrize("option", [{"set_term": "coverage"}, {"set_term": "gradient-match"}, {"clip_image_weight": 1.0}])  # fmt: skip
+def test_real_shots_without_a_class_are_refused_where_classes_are_compared(
+    option: dict[str, Any], missing: str, bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench)
+    kept = [s for s in open_source(["real.tar"]).samples() if s.facts["class_name"] != missing]
+    Path("real.tar").write_bytes(tar_bytes(kept))
+    with pytest.raises(BadInput, match=f"has no images of {missing}"):
+        ilpo(
+            model="bundle", clip="clip", quiet=True, real=Path("real.tar"), output="best", **option
+        )
+
+
+def test_a_policy_that_was_not_kept_is_learnt_for_save_policy(bench: Path, utilgen: Run) -> None:
+    options = ["ilpo", "-m", "bundle", "--clip", "clip", *COMMON, "-o", "best"]
+    utilgen(*options)
+    written = (bench / "best/00000.tar").stat().st_mtime_ns
+    utilgen(*options, "--save-policy", "policy")
+    assert (bench / "best/00000.tar").stat().st_mtime_ns == written
+    kept, saved = (load_policy(bench / name) for name in ("best/.policy", "policy"))
+    assert torch.equal(kept.prompt_embeds, saved.prompt_embeds)
+
+
 def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:
     """With stdout a terminal it refuses at once: the model it names is not even looked for."""
     main, terminal = pty.openpty()

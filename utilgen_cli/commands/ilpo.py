@@ -109,5 +109,7 @@ def ilpo(
         "shard_size": shard_size,
     }
     run_source(run.draw, plan, output, "ilpo", settings, overwrite, shard_size, part, run.about)
+    if save_policy is not None:
+        run.keep_policy()
     tell(aside, "ilpo")
     report({**run.summary(), **aside.summary()}, as_json, "" if quiet else run.line())

@@ -81,6 +81,11 @@ class Terms:
         if self.aim.real is None:
             return torch.empty(0), torch.empty(0)
         real = load_images(open_source([str(self.aim.real)], self.quarantine), size, self.classes)
+        lacking = sorted(set(range(len(self.classes))) - set(real.labels.tolist()))
+        if lacking and (self.aim.set_term != "none" or self.aim.clip_image_weight):
+            names = ", ".join(self.classes[label] for label in lacking)
+            advice = "Add some, or leave out --set-term and --clip-image-weight."
+            raise BadInput(str(self.aim.real), f"has no images of {names}", advice)
         return to_float(real.images).to(self.device), real.labels.to(self.device)
 
     def terms(self) -> list[Term]:
@@ -185,6 +190,12 @@ class PolicyRun(LazyGenerator):
             "set_term": self.aim.set_term,
             "noise": self.instance.noise.mode,
         }
+
+    def keep_policy(self) -> None:
+        """Learn the policy also where all images were drawn before, and it was not kept then."""
+        directory = self.policy_directory
+        if self.policy is None and directory is not None and not (directory / FACTS).exists():
+            self.find_policy(Generator(self.config, device=self.device, dtype=self.dtype))
 
     def find_policy(self, generator: Generator) -> Policy:
         """The finished policy of an earlier run with these settings, or a new one."""

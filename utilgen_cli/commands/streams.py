@@ -95,10 +95,15 @@ def run_reduction(
         if _is_published(out.path):
             deque(samples if drain else (), maxlen=0)
             if drain:
-                line = f"{command}: {out.path} was done before; the pipe was not compared with it. "
-                report({}, False, line + "Add --overwrite to redo it.")
+                tell_not_compared(command, out.path)
             return 0
         return _write_all(samples, out.path)
+
+
+def tell_not_compared(command: str, directory: Path) -> None:
+    """What a pipe's reader says whose result was there before."""
+    line = f"{command}: {directory} was done before; the pipe was not compared with it. "
+    report({}, False, line + "Add --overwrite to redo it.")
 
 
 def run_source(

@@ -87,15 +87,18 @@ def train_command(
 
     `make_config` gets the model's name; its result is what the directory is made with.
     """
+    from ..diffusion.bundle import model_files
     from ..runtime.device import pick_device, pick_dtype
     from ..runtime.progress import reporter
+    from .streams import tell_not_compared
 
     where = pick_device(device)
     source = open_source(shards, aside)
     name, samples = model_of(model, source)
     config = make_config(name)
     settings = {**asdict(config), "input": list(source.paths), "precision": precision,
-                **aside.settings()}  # fmt: skip
+                "model files": model_files(name), **aside.settings()}  # fmt: skip
+    was_done = not overwrite and (output / marker).exists()
     work = {"device": where, "dtype": pick_dtype(precision, where), "progress": reporter(quiet)}
     summary = _in_directory(
         output,
@@ -107,6 +110,8 @@ def train_command(
     )
     if source.is_stdin:
         deque(samples, maxlen=0)  # a run that was done already lets its upstream end as well
+        if was_done:
+            tell_not_compared(command, output)
     tell(aside, command)
     return summary | aside.summary()
 

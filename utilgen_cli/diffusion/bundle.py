@@ -49,6 +49,12 @@ def local_model(name: str) -> Path | None:
     return None
 
 
+def model_files(name: str) -> Path | None:
+    """The directory that a user named as the model: what lies there is a setting of what is drawn
+    with it. None for the model that is built in and those of the hub."""
+    return None if name == "tiny" else local_model(name)
+
+
 def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -16,7 +16,7 @@ from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample, encode_json, numbered_key
 from .adapters import fuse_adapters
-from .bundle import find_model, read_defaults
+from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting
 from .ddim import SAMPLERS, initial_noise, sample
 from .guidance import guided_output
@@ -57,7 +57,8 @@ class GenerateConfig:
 
     def settings(self) -> dict[str, Any]:
         """What the pictures depend on."""
-        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        found = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return {**found, "model files": model_files(self.model)}
 
 
 def model_named(model: str | None, tokens: Path | None) -> str:

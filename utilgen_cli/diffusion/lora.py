@@ -93,7 +93,8 @@ def lora_tensors(module: Any, prefix: str, name: str = "default") -> dict[str, t
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(module, adapter_name=name)
+    # with class tokens peft would save the whole embedding table, which no loader takes
+    state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     return {f"{prefix}.{key}": v for key, v in convert_state_dict_to_diffusers(state).items()}
 
 

@@ -25,7 +25,7 @@ from .class_adapters import class_folders
 from .finetune import CHECKPOINT, FinetuneResult, finetune
 from .finetune_config import FinetuneConfig
 from .latents import embed_prompts
-from .load import LatentDiffusion, class_prompts, load_model
+from .load import LatentDiffusion, class_prompts, load_model, quiet_libraries
 from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
 from .pair_data import Preferences, parse_desirable, prompt_of, read_preferences
 from .preference import Denoisers, PreferenceObjective, full_denoisers, lora_denoisers
@@ -179,7 +179,8 @@ def write_pipeline(model: LatentDiffusion, name: str, out: Path) -> None:
 
     base = load_model(name, dtype=model.dtype)
     base.unet = model.unet.to("cpu")  # as it was trained, in fp32: half of it would lose the steps
-    as_pipeline(base).save_pretrained(out)
+    with quiet_libraries():
+        as_pipeline(base).save_pretrained(out)
     source = find_model(name)
     if (source / "utilgen.json").is_file():
         write_atomic(out / "utilgen.json", (source / "utilgen.json").read_bytes())
