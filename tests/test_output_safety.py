@@ -211,6 +211,14 @@ def test_a_key_that_stands_twice_in_a_shard_and_a_shard_that_is_gone_are_told(
     assert [row["why"].split(": ")[-1] for row in broken] == ["its key stands twice", "it is gone"]
 
 
+def test_a_shard_that_is_removed_is_told_once(tmp_path: Path) -> None:
+    broken = shard(tmp_path / "00000.tar", 1)
+    broken.write_bytes(broken.read_bytes()[:2048])
+    (tmp_path / ".shards.json").write_text('["00000.tar"]')
+    assert len(check_shards([tmp_path], remove=True).broken) == 1
+    assert not broken.exists()
+
+
 def test_other_contents_of_shards_without_statistics_are_other_contents(tmp_path: Path) -> None:
     """Of the same size, since a tar is padded."""
     found = []

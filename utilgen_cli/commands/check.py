@@ -14,7 +14,7 @@ def check(
     shards: Annotated[list[Path], typer.Argument(help="Directories of shards, or shard files.")],
     remove: Annotated[
         bool,
-        typer.Option("--remove", help="Remove broken shards, so that a rerun makes them anew."),
+        typer.Option("--remove", help="Remove broken shards of utilgen; a rerun makes them anew."),
     ] = False,
     on_error: OnError = "stop",
     as_json: Json = False,

@@ -44,6 +44,7 @@ def check_shards(
     if not shards:
         raise UsageError("-", "a pipe cannot be checked", "Name directories or shard files.")
     result = CheckResult(len(shards))
+    lost = [path for each in operands if each.is_dir() for path in _lost(each)]
     known: dict[Path, dict[bytes, str]] = defaultdict(dict)  # keys are unique in a data set
     with progress("check", len(shards)) as task:
         for shard in shards:
@@ -60,9 +61,7 @@ def check_shards(
                     result.broken.append({"shard": str(shard), "why": why})
                 known[shard.parent].update(dict.fromkeys(keys, shard.name))
             task.advance(broken=str(len(result.broken)))
-    for directory in operands:
-        for lost in _lost(directory) if directory.is_dir() else ():
-            result.broken.append({"shard": str(lost), "why": "it is gone"})
+    result.broken += [{"shard": str(path), "why": "it is gone"} for path in lost]
     return result
 
 
@@ -91,7 +90,8 @@ def _lost(directory: Path) -> list[Path]:
 def _check_shard(shard: Path, quarantine: Quarantine) -> tuple[dict[bytes, str], str]:
     """The keys of its good samples, by their digests, and what is wrong if one stands twice.
 
-    BadInput: what is wrong with the shard."""
+    BadInput: what is wrong with the shard.
+    """
     vouched = read_stats(shard) is not None
     keys: dict[bytes, str] = {}
     doubled = ""
