@@ -210,10 +210,12 @@ def test_volumes_are_multiples_of_each_class(inputs: Inputs) -> None:
     ]  # fmt: skip
 
 
-def test_an_arm_that_is_named_twice_is_tested_once(inputs: Inputs) -> None:
-    twice = replace(PROTOCOL, archs=["small-cnn", "small-cnn"], seeds=1)
+def test_what_is_named_twice_is_compared_once(inputs: Inputs) -> None:
+    twice = replace(PROTOCOL, archs=["small-cnn", "small-cnn"], times=[1, 1], seeds=1)
     found = compare_arms(inputs, twice)
-    assert found is not None and found.summary["arms"]
+    assert found is not None
+    names = [arm["name"] for arm in found.summary["arms"]]
+    assert len(names) == len(set(names)) == 1 + 2 * len(inputs.synthetic)
 
 
 def test_a_stopped_comparison_without_a_directory_says_that_nothing_is_kept(

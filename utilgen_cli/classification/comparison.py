@@ -64,6 +64,10 @@ class Protocol:
     workers: int = 0
     data_parallel: bool = False
 
+    def __post_init__(self) -> None:
+        self.archs = list(dict.fromkeys(self.archs))  # one that is named twice is compared once
+        self.times = list(dict.fromkeys(self.times))
+
 
 @dataclass
 class Comparison:

@@ -152,8 +152,7 @@ def judge_runs(
 
     `open_test` is called once, and only if there is something left to test.
     """
-    untested = {run.name: run for run in runs if not result_path(directory, run).exists()}
-    missing = list(untested.values())
+    missing = [run for run in runs if not result_path(directory, run).exists()]
     if not missing:
         return
     test = open_test()

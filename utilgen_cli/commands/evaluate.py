@@ -60,17 +60,17 @@ def evaluate(
     aside = quarantine_of(on_error)
     inputs, shown = open_inputs(real, synthetic, val, test, scored, aside)
     learned = read_value(value)
-    archs = list(dict.fromkeys(arch or [PRESET_ARCHS.get(preset, "small-cnn")]))
+    archs = arch or [PRESET_ARCHS.get(preset, "small-cnn")]
     where = pick_device(device)
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=10 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
         validate_every=validate_every, precision=precision, augmentation=augment,
     )  # fmt: skip
-    pixels = size or (32 if archs == ["small-cnn"] else 224)
+    pixels = size or (32 if set(archs) == {"small-cnn"} else 224)
     protocol = c.Protocol(
-        config, archs, seeds, seed, pixels, tuple(dict.fromkeys(times or ())), baseline,
-        val_as_train, pretrained, price_per_hour, where, workers, data_parallel,
+        config, archs, seeds, seed, pixels, times or (), baseline, val_as_train, pretrained,
+        price_per_hour, where, workers, data_parallel,
     )  # fmt: skip
     if report is not None:
         prepare_report(report)
