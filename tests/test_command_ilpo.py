@@ -191,7 +191,7 @@ def test_a_policy_that_was_not_kept_is_learnt_for_save_policy(bench: Path, utilg
 
 
 def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:
-    """With stdout a terminal it refuses at once: the model it names is not even looked for."""
+    """With stdout a terminal it refuses at once: the hub is not asked for the model it names."""
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "utilgen_cli", "ilpo", "-m", "nobody/nothing"]
     done = subprocess.run(

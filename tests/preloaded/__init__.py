@@ -1,8 +1,8 @@
 """`utilgen` for tests, without its seconds of imports: forked from a process that has them behind it.
 
 Every command is a process of its own, with its own descriptors, directory, environment, signals and
-exit, and imports utilgen itself; only torch and the libraries beside it are there already. What
-is about starting, limits of a process, or numbers that must not depend on it, runs
+exit, and imports utilgen itself; only torch and the libraries beside it are there already, and the
+hash seed is that process's. What is about starting, limits of a process, or numbers that must not depend on it, runs
 `python -m utilgen_cli` instead.
 """
 

@@ -10,7 +10,7 @@ SHARDS = ("shards", "real", "val", "test", "synthetic", "scored")
 NAMED = {"eval": ("synthetic", "scored")}  # NAME=SHARDS
 TUNED = "`utilgen dpo` or `utilgen lora`"
 PROMPTS = "`utilgen invert --population` or `utilgen ilpo --save-policy`"
-MADE_BY = {
+MADE_BY = {  # option, or command and option
     "tokens": "`utilgen invert`", "adapter": TUNED, "policy": PROMPTS,
     "value": "`utilgen value train`", "dpo init": TUNED, "ilpo init": PROMPTS,
 }  # fmt: skip

@@ -158,7 +158,7 @@ def _slurm_part() -> tuple[int, int]:
     count = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
     last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", str(first + (count - 1) * step)))
     index, odd = divmod(int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, step)
-    if odd or last != first + (count - 1) * step or not 0 <= index < count:
+    if odd or last != first + (count - 1) * step:
         why = f"the {count} tasks from {first} to {last} are not a range"
         raise UsageError("--part slurm", why, "Give --array=0-N, or the tasks --part I/N.")
     return index, count
