@@ -40,6 +40,26 @@ def test_a_directory_and_a_summary(utilgen: Run, tmp_path: Path) -> None:
     assert b"no pair in class 2: it has one sample" in piped.stderr
 
 
+def test_a_run_that_was_done_tells_what_it_told(utilgen: Run, tmp_path: Path) -> None:
+    broken = scored("broken", 0.5, 2)
+    broken.members["png"] = broken.members["png"][:20]
+    (tmp_path / "scored.tar").write_bytes(scored_tar() + tar_bytes([broken]))
+    args = ("pairs", "scored.tar", "-o", "pairs", "--on-error", "skip", "-q", "--json")
+    first = utilgen(*args).stderr
+    assert json.loads(first.splitlines()[-1])["quarantined"]["samples"] == 1
+    made = (tmp_path / "pairs" / "00000.tar").stat().st_mtime_ns
+    assert utilgen(*args).stderr == first
+    assert (tmp_path / "pairs" / "00000.tar").stat().st_mtime_ns == made
+    assert b"4 pairs in 2 of 2 classes" in utilgen(*args[:-2]).stderr
+
+
+def test_a_pipe_that_was_not_taken_counts_for_nothing(utilgen: Run) -> None:
+    args = ("pairs", "-o", "pairs", "-q", "--json")
+    first = json.loads(utilgen(*args, input=scored_tar()).stderr)
+    other = tar_bytes(scored(f"x-{i}", i / 8, 5, picture(i)) for i in range(8))
+    assert json.loads(utilgen(*args, input=other).stderr.splitlines()[-1]) == first
+
+
 def test_a_terminal_gets_a_listing(bash: Run, tmp_path: Path) -> None:
     (tmp_path / "scored.tar").write_bytes(scored_tar())
     utilgen = f"{sys.executable} -m utilgen_cli"

@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 
+from tests.conftest import tar_bytes
 from tests.valuation_toys import as_samples, colours, write_shards
 
 TRAIN = ("--steps", "12", "--folds", "2", "--snapshots", "1", "-q")
@@ -49,6 +50,22 @@ def test_score_maps_shards_and_resumes(world, utilgen, tmp_path):
     first = (tmp_path / "scored" / "00000.tar").stat()
     utilgen(*args)
     assert (tmp_path / "scored" / "00000.tar").stat().st_mtime_ns == first.st_mtime_ns
+
+
+def test_the_summary_of_a_resumed_run_is_that_of_a_whole_one(world, utilgen, tmp_path):
+    data = as_samples(colours(20, 5))
+    for name, half in zip("ab", (data[::2], data[1::2]), strict=True):
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(half))
+    args = ("value", "score", "--value", world / "value", "--agreed", "-q", "--json")
+    whole = utilgen(*args, "a.tar", "b.tar", "-o", "whole").stderr
+    parts = [
+        json.loads(utilgen(*args, "a.tar", "b.tar", "-o", "parts", "--part", f"{i}/2").stderr)
+        for i in (0, 1)
+    ]
+    assert sum(p["all"]["samples"] for p in parts) == json.loads(whole)["all"]["samples"] == 60
+    assert utilgen(*args, "a.tar", "b.tar", "-o", "parts").stderr == whole
+    (tmp_path / "whole" / "b.tar").unlink()
+    assert utilgen(*args, "a.tar", "b.tar", "-o", "whole").stderr == whole
 
 
 def test_the_summary_is_one_json_line_on_stderr(world, utilgen):

@@ -102,7 +102,7 @@ def reduce(count: int, out: Path, start: int = 0) -> int:
 
 
 def test_a_reduction_whose_shard_is_gone_is_done_again(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("utilgen_cli.commands.streams._write_all.__defaults__", (2,))
+    monkeypatch.setattr("utilgen_cli.commands.streams.SHARD_SIZE", 2)
     assert reduce(5, tmp_path / "out") == 5
     assert reduce(5, tmp_path / "out") == 0
     whole = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.tar")}
@@ -112,11 +112,12 @@ def test_a_reduction_whose_shard_is_gone_is_done_again(tmp_path: Path, monkeypat
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.tar")} == whole
 
 
-def test_a_shorter_stream_leaves_no_shards_of_a_longer_one(tmp_path: Path) -> None:
-    _write_all(numbered(5), tmp_path, 2)
-    _write_all(numbered(3, 10), tmp_path, 2)
+def test_a_shorter_stream_leaves_no_shards_of_a_longer_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("utilgen_cli.commands.streams.SHARD_SIZE", 2)
+    _write_all(numbered(5), tmp_path)
+    _write_all(numbered(3, 10), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        ".shards.json", "00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json",
+        ".counted.json", ".shards.json", "00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json",
     ]  # fmt: skip
     assert _is_published(tmp_path)
     assert json.loads((tmp_path / ".shards.json").read_text()) == ["00000.tar", "00001.tar"]
@@ -232,7 +233,9 @@ def test_packed_again_from_other_images_is_refused(utilgen: Run, tmp_path: Path)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         (tmp_path / "photos" / name / "1.png").write_bytes(make_sample(1).members["png"])
-    utilgen("pack", "photos", "-o", "real")
+    first = utilgen("pack", "photos", "-o", "real")
+    assert b"packed 2 images of 2 classes" in first.stderr
+    assert utilgen("pack", "photos", "-o", "real").stderr == first.stderr
     (tmp_path / "photos" / "dog").rename(tmp_path / "photos" / "wolf")
     done = utilgen("pack", "photos", "-o", "real", check=False)
     assert done.returncode == 2 and b"other settings" in done.stderr

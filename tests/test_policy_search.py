@@ -188,6 +188,14 @@ def test_a_flat_objective_is_refused(model: LatentDiffusion) -> None:
         search.run()
 
 
+def test_a_term_without_a_finite_gradient_is_named(model: LatentDiffusion) -> None:
+    search = search_of(model)
+    bright = Term("utility", 1.0, lambda x, y: x.mean((1, 2, 3)))
+    search.terms = [bright, Term("clip", 1.0, lambda x, y: float("nan") * x.sum((1, 2, 3)))]
+    with pytest.raises(UtilgenError, match=r"term clip: has no usable gradient"):
+        search.run()
+
+
 def make_policy(noise: str = "single") -> Policy:
     g = torch.Generator().manual_seed(0)
     return Policy(

@@ -45,10 +45,10 @@ def pack(
     settings = {"folder": str(folder), "size": size, "shots": shots, "seed": seed,
                 "shard_size": shard_size, "images": len(images),
                 "contents": listing_digest(listed, classes), **aside.settings()}  # fmt: skip
-    count = run_source(
+    run_source(
         lambda part: pack_images(part, classes, size), images, output, "pack",
         settings, overwrite, shard_size,
     )  # fmt: skip
     tell(aside, "pack")
-    report({"samples": count, "classes": classes, **aside.summary()}, as_json,
-           f"packed {count} images of {len(classes)} classes")  # fmt: skip
+    report({"samples": len(images), "classes": classes, **aside.summary()}, as_json,
+           f"packed {len(images)} images of {len(classes)} classes")  # fmt: skip

@@ -92,7 +92,8 @@ def pairs(
         run_parquet(made, Path(output), overwrite)
     else:
         run_reduction(made, output, "pairs", settings, overwrite,
-                      listing if layout == "utilgen" else None, source.is_stdin)  # fmt: skip
+                      listing if layout == "utilgen" else None, source.is_stdin,
+                      {"pairs": found, "quarantine": aside})  # fmt: skip
     if found.classes and not as_json and not quiet:
         for line in found.lines():
             report({}, False, line)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 from ..runtime import signals
 from ..runtime.errors import UsageError, printable
@@ -20,13 +21,15 @@ from ..shards.operands import Source, parse_part
 from ..shards.parquet import write_pickapic
 from ..shards.partial import clear_leftovers, resume_shard
 from ..shards.sample import Sample
-from ..shards.sums import PUBLISHED, is_as_written, stats_path
+from ..shards.sums import PUBLISHED, is_as_written, read_stats, stats_path
 from ..shards.writer import write_shard, write_tar
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
 T = TypeVar("T")
 Item = tuple[int, int]  # (class index, image index)
 INCOMING = ".incoming"
+COUNTED = "counted"  # in a shard's statistics, and .counted.json of a directory: what was counted
+SHARD_SIZE = 1000  # samples of a stream that come into one shard
 SHARE = "Share it with --part rank, or run it without torchrun."
 CELL = 80  # characters of a listing's cell
 KEEP = "Keep the result with `-o DIR`, or pipe it into the next command."
@@ -38,6 +41,20 @@ class Listing:
 
     columns: Sequence[str]
     row: Callable[[Sample], Sequence[object]]
+
+
+class Tally(Protocol):
+    """What is counted beside the samples, and kept with them for the run that finds them done."""
+
+    def take(self) -> dict[str, Any]:
+        """The counts so far, as JSON; counting begins anew."""
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """Add what was taken before."""
+
+
+Tallies = Mapping[str, Tally]
+UNCOUNTED: Tallies = MappingProxyType({})
 
 
 def refuse_terminal(output: str) -> None:
@@ -55,8 +72,12 @@ def run_filter(
     overwrite: bool = False,
     listing: Listing | None = None,
     part: str | None = None,
+    tallies: Tallies = UNCOUNTED,
 ) -> int:
-    """Put every sample through `stage`; how many came out. Whole shards already there are kept."""
+    """Put every sample through `stage`; how many came out.
+
+    Whole shards already there are kept, and count in the `tallies` as they did when they were made.
+    """
     if part is None:
         one_process(SHARE)
     _refuse_same_names(source.shards() if output != "-" else [])
@@ -68,8 +89,8 @@ def run_filter(
         return write_tar(_stopping(stage(source.samples())), claim_stdout())
     with OutputDirectory(output, command, settings, overwrite, _named(part)) as out:
         if source.is_stdin:
-            return _write_all(stage(source.samples()), out.path)
-        return _map_shards(source, stage, out.path)
+            return _write_all(stage(source.samples()), out.path, tallies)
+        return _map_shards(source, stage, out.path, tallies)
 
 
 def run_reduction(
@@ -80,10 +101,12 @@ def run_reduction(
     overwrite: bool = False,
     listing: Listing | None = None,
     drain: bool = False,
+    tallies: Tallies = UNCOUNTED,
 ) -> int:
     """Write samples that depend on all of the input (`pairs`): nothing appears before the end.
 
-    A run that was done already reads its input all the same if `drain`: an upstream wants to end.
+    A run that was done already has its counts again in the `tallies`. It reads its input all the
+    same if `drain`: an upstream wants to end.
     """
     one_process()
     if output == "-":
@@ -92,12 +115,14 @@ def run_reduction(
         refuse_terminal(output)
         return write_tar(_stopping(samples), claim_stdout())
     with OutputDirectory(output, command, settings, overwrite) as out:
-        if _is_published(out.path):
-            deque(samples if drain else (), maxlen=0)
-            if drain:
-                tell_not_compared(command, out.path)
-            return 0
-        return _write_all(samples, out.path)
+        if not _is_published(out.path):
+            return _write_all(samples, out.path, tallies)
+        if drain:
+            deque(samples, maxlen=0)
+            _take(tallies)
+            tell_not_compared(command, out.path)
+        _add(tallies, json.loads(_counted_path(out.path).read_bytes()))
+        return 0
 
 
 def tell_not_compared(command: str, directory: Path) -> None:
@@ -163,14 +188,35 @@ def _stopping(samples: Iterable[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def _map_shards(source: Source, stage: Stage, directory: Path) -> int:
-    total = 0
+def _map_shards(source: Source, stage: Stage, directory: Path, tallies: Tallies) -> int:
+    total, counted = 0, []
+
+    def counts() -> dict[str, Any]:
+        return {COUNTED: _take(tallies)}
+
     for shard in source.shards():
         path = directory / _output_name(shard)
         if not is_as_written(path):
-            total += write_shard(path, stage(source.read(shard)))
+            total += write_shard(path, stage(source.read(shard)), counts)
             signals.check()
+        counted.append((read_stats(path) or {}).get(COUNTED, {}))
+    for before in counted:  # at the end, since what is taken begins anew
+        _add(tallies, before)
     return total
+
+
+def _take(tallies: Tallies) -> dict[str, Any]:
+    return {name: tally.take() for name, tally in tallies.items()}
+
+
+def _add(tallies: Tallies, counts: dict[str, Any]) -> None:
+    for name, tally in tallies.items():
+        if name in counts:
+            tally.add(counts[name])
+
+
+def _counted_path(directory: Path) -> Path:
+    return directory / f".{COUNTED}.json"
 
 
 def _output_name(shard: Path) -> str:
@@ -185,14 +231,14 @@ def _refuse_same_names(shards: list[Path]) -> None:
 
 
 def _is_published(directory: Path) -> bool:
-    """True if all shards of the last whole stream are there, as they were written."""
+    """True if the last whole stream's counts are there, and its shards as they were written."""
     path = directory / PUBLISHED
-    if not path.exists():
+    if not path.exists() or not _counted_path(directory).exists():
         return False
     return all(is_as_written(directory / name) for name in json.loads(path.read_text()))
 
 
-def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 1000) -> int:
+def _write_all(samples: Iterable[Sample], directory: Path, tallies: Tallies = UNCOUNTED) -> int:
     """Shards that get their names only when the whole stream has arrived; others are removed."""
     staged: list[Path] = []
     total = 0
@@ -202,9 +248,11 @@ def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 100
     try:
         for first in iterator:
             path = staging / f"{len(staged):05d}.tar"
-            total += write_shard(path, _take(first, iterator, shard_size))
+            total += write_shard(path, _at_most(SHARD_SIZE, first, iterator))
             staged.append(path)
-        _publish(staged, directory)
+        counts = _take(tallies)
+        _publish(staged, directory, counts)
+        _add(tallies, counts)
     finally:
         for path in staging.iterdir():
             path.unlink()
@@ -212,7 +260,7 @@ def _write_all(samples: Iterable[Sample], directory: Path, shard_size: int = 100
     return total
 
 
-def _publish(staged: list[Path], directory: Path) -> None:
+def _publish(staged: list[Path], directory: Path, counts: dict[str, Any]) -> None:
     """All of them, or (after a kill) some, and their list is not there."""
     with signals.deferred():
         (directory / PUBLISHED).unlink(missing_ok=True)
@@ -223,11 +271,12 @@ def _publish(staged: list[Path], directory: Path) -> None:
         for old in set(directory.glob("*.tar")) - {directory / name for name in names}:
             old.unlink()
             stats_path(old).unlink(missing_ok=True)
+        write_json(_counted_path(directory), counts)
         write_json(directory / PUBLISHED, names)
         sync_directory(directory)
 
 
-def _take(first: Sample, rest: Iterator[Sample], count: int) -> Iterator[Sample]:
+def _at_most(count: int, first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
     yield first
     for _, sample in zip(range(count - 1), rest, strict=False):
         yield sample

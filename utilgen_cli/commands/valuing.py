@@ -15,7 +15,7 @@ from ..runtime.progress import Progress
 from ..runtime.ranks import one_process
 from ..shards.operands import expand_braces, open_source
 from ..shards.sample import Sample
-from .streams import SHARE, Listing, report, run_filter, run_reduction
+from .streams import SHARE, Listing, Tallies, report, run_filter, run_reduction
 
 if TYPE_CHECKING:
     from ..shards.quarantine import Quarantine
@@ -141,16 +141,17 @@ def run_scoring(
         "passes": scorer.passes, "agreed": scorer.agreed,
         "input": list(source.paths), **request.aside.settings(),
     }  # fmt: skip
+    tallies: Tallies = {"scores": scorer, "quarantine": request.aside}
     once = request.lookahead and source.is_stdin  # a pipe cannot be read again
     if request.select:
         samples = aside.watch(source.samples()) if once else source.samples()
         run_reduction(select_samples(samples, scorer, request.select), request.output,
                       "value score", settings, request.overwrite, listing,
-                      source.is_stdin)  # fmt: skip
+                      source.is_stdin, tallies)  # fmt: skip
     else:
         run_filter(source, lambda s: scorer(aside.watch(s) if once else s),
                    request.output, "value score", settings, request.overwrite, listing,
-                   request.part)  # fmt: skip
+                   request.part, tallies)  # fmt: skip
     summary = scorer.summary() | request.aside.summary()
     if request.lookahead and not once:  # all of the set, also where a rerun scored only the rest
         deque(aside.watch(source.part(request.part).samples()), maxlen=0)

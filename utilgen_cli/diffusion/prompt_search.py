@@ -13,6 +13,7 @@ rms|g_k| of the start.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -279,14 +280,17 @@ class PromptSearch:
         return facts
 
     def refuse_flat(self, scales: dict[str, float]) -> None:
-        """An objective without any gradient cannot be climbed."""
-        first = self.terms[0]
-        if scales[first.name] == 0 or not all(torch.isfinite(torch.tensor(list(scales.values())))):
+        """A flat objective cannot be climbed, nor any beside a term whose gradient is NaN."""
+        first = self.terms[0].name
+        for name, scale in scales.items():
+            if math.isfinite(scale) and (scale > 0 or name != first):
+                continue
             raise UtilgenError(
-                f"objective {first.name}",
+                f"objective {first}" if name == first else f"term {name}",
                 "has no usable gradient at the images of the class prompts",
-                "Train the value model longer, or take another --objective.",
-            )
+                "Train the value model longer, or take another --objective." if name == first
+                else "Check what it was loaded from, or leave it out.",
+            )  # fmt: skip
 
     def watch_alignment(self) -> None:
         """End the run when the images walk out of their classes (by the first labeller)."""

@@ -69,6 +69,20 @@ class Quarantine:
             else:
                 yield sample
 
+    def take(self) -> dict[str, Any]:
+        """What was left out, as JSON; counting begins anew."""
+        counts = {"reasons": dict(self.reasons), "listed": self.listed}
+        self.reasons, self.listed = Counter(), {}
+        return counts
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """Add what was taken."""
+        self.reasons.update(counts["reasons"])
+        for where, reason in counts["listed"].items():
+            self.seen.add(hash(where))
+            if len(self.listed) < MAX_LISTED:
+                self.listed[where] = reason
+
     def settings(self) -> dict[str, str]:
         """What an output directory's settings say of it: nothing where all is as always."""
         return {"on_error": "skip"} if self.skip else {}

@@ -76,28 +76,40 @@ class PairingReport:
     """Pairs per class, and why a class has none."""
 
     classes: dict[int, ClassPairs] = field(default_factory=dict)
-    margins: list[float] = field(default_factory=list)
+    margin: float = 0.0  # of all pairs together
     matched_by: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
+        pairs = sum(c.pairs for c in self.classes.values())
         return {
-            "pairs": sum(c.pairs for c in self.classes.values()),
-            "mean_margin": float(np.mean(self.margins)) if self.margins else None,
+            "pairs": pairs,
+            "mean_margin": self.margin / pairs if pairs else None,
             "matched_by": self.matched_by,
             "classes": {str(label): asdict(c) for label, c in sorted(self.classes.items())},
         }
 
+    def take(self) -> dict[str, Any]:
+        """What was found, as JSON; the report is empty then."""
+        found = {"margin": self.margin, **self.as_dict()}
+        self.classes, self.margin, self.matched_by = {}, 0.0, None
+        return found
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """Fill the empty report with what was taken."""
+        self.margin, self.matched_by = counts["margin"], counts["matched_by"]
+        self.classes = {int(n): ClassPairs(**c) for n, c in counts["classes"].items()}
+
     def lines(self) -> list[str]:
         """For people: one line for the pairs, one for every class without."""
-        made = [c for c in self.classes.values() if c.pairs]
+        classes = [c for _, c in sorted(self.classes.items())]
+        made = [c for c in classes if c.pairs]
         total = sum(c.pairs for c in made)
         counts = ", ".join(f"{c.name} {c.pairs}" for c in made)
-        first = f"{total} pairs in {len(made)} of {len(self.classes)} classes"
+        first = f"{total} pairs in {len(made)} of {len(classes)} classes"
         if self.matched_by is not None:
             first += f", matched by {MATCH_NAMES[self.matched_by]}"
-        without = [c for c in self.classes.values() if not c.pairs]
-        missing = [f"no pair in {c.name}: {c.why_none}" for c in without]
+        missing = [f"no pair in {c.name}: {c.why_none}" for c in classes if not c.pairs]
         return [f"{first} ({counts})" if counts else first, *missing]
 
 
@@ -169,7 +181,7 @@ def choose_class_pairs(
     summary.pairs = len(pairs)
     if not pairs:
         summary.why_none = _why_none(pool, members, config)
-    report.margins += [float(pool.utility[win] - pool.utility[lose]) for win, lose in pairs]
+    report.margin += sum(float(pool.utility[win] - pool.utility[lose]) for win, lose in pairs)
     return pairs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,17 @@ FIELDS = ("utility", "loss", "probability", "margin", "nearest", "disagreement")
 class ClassSummary:
     """Sums over the samples of one class."""
 
-    duplicate_distance: float
     samples: int = 0
     right: int = 0  # predicted as what they are labelled
     duplicates: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
-    def add(self, facts: dict[str, Any], label: int) -> None:
-        self.samples += 1
-        self.right += facts["predicted"] == label
-        self.duplicates += facts["nearest"] < self.duplicate_distance
-        for name in ("utility", "loss", "disagreement"):
-            if facts[name] is not None:
-                self.sums[name] = self.sums.get(name, 0.0) + facts[name]
+    def add(self, other: ClassSummary) -> None:
+        self.samples += other.samples
+        self.right += other.right
+        self.duplicates += other.duplicates
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
 
     def row(self) -> dict[str, Any]:
         """Means and shares."""
@@ -102,9 +100,21 @@ class Scorer:
                     yield sample.with_member(UTILITY, encode_json(entry)), features[i]
 
     def _count(self, label: int, facts: dict[str, Any]) -> None:
-        if label not in self.classes:
-            self.classes[label] = ClassSummary(self.value.facts["duplicate_distance"])
-        self.classes[label].add(facts, label)
+        duplicate = facts["nearest"] < self.value.facts["duplicate_distance"]
+        sums = {n: facts[n] for n in ("utility", "loss", "disagreement") if facts[n] is not None}
+        one = ClassSummary(1, int(facts["predicted"] == label), int(duplicate), sums)
+        self.classes.setdefault(label, ClassSummary()).add(one)
+
+    def take(self) -> dict[str, Any]:
+        """The sums per class, as JSON; they begin anew."""
+        sums = {str(label): asdict(entry) for label, entry in self.classes.items()}
+        self.classes = {}
+        return sums
+
+    def add(self, sums: dict[str, Any]) -> None:
+        """Add what was taken."""
+        for label, entry in sums.items():
+            self.classes.setdefault(int(label), ClassSummary()).add(ClassSummary(**entry))
 
     def _judge(self, batch: list[Sample]) -> tuple[Judgement, Tensor]:
         for sample in batch:
@@ -136,13 +146,9 @@ class Scorer:
 
     def summary(self) -> dict[str, Any]:
         """Per class and over all, as JSON."""
-        total = ClassSummary(self.value.facts["duplicate_distance"])
-        for entry in self.classes.values():
-            total.samples += entry.samples
-            total.right += entry.right
-            total.duplicates += entry.duplicates
-            for name, x in entry.sums.items():
-                total.sums[name] = total.sums.get(name, 0.0) + x
+        total = ClassSummary()
+        for label in sorted(self.classes):
+            total.add(self.classes[label])
         rows = {self.value.classes[i]: self.classes[i].row() for i in sorted(self.classes)}
         return {"method": self.method, "all": total.row(), "classes": rows}
 
