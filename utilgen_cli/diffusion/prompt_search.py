@@ -35,6 +35,7 @@ from ..runtime.seeds import derive_seed, step_generator
 from .ddim import initial_noise
 from .noise import Calls, counted
 from .prompts import rms
+from .render import not_finite
 from .rollout import Rollout, default_chunk
 
 
@@ -269,6 +270,8 @@ class PromptSearch:
             cond = self.prompts(classes, rows)
             parts = zip(noise.split(self.chunk), cond.split(self.chunk), strict=True)
             images = torch.cat([self.rollout.images(x, p, set()) for x, p in parts])
+            if not images.isfinite().all():
+                raise not_finite()
             facts: dict[str, Any] = {
                 t.name: float(t.function(images, classes).mean()) for t in self.terms
             }

@@ -30,8 +30,16 @@ if TYPE_CHECKING:
 
 Item = tuple[int, int]  # (class index, image index)
 Latents = Callable[[Sequence[Item]], Tensor]
-NOT_FINITE = "Try --precision fp32, or look at what the model and its adapters were made with."
 AHEAD = 2  # batches that may wait for their encoding
+
+
+def not_finite() -> UtilgenError:
+    """What a model that draws NaN or infinite values ends with."""
+    return UtilgenError(
+        "images",
+        "the model drew NaN or infinite values",
+        "Try --precision fp32, or look at what the model and its adapters were made with.",
+    )
 
 
 def tile(model: LatentDiffusion, batch_size: int | None = None) -> int:
@@ -88,7 +96,7 @@ def render(
 
         def finish(wait: Callable[[], np.ndarray], finite: Callable[[], np.ndarray]) -> list[bytes]:
             if not finite().all():
-                raise UtilgenError("images", "the model drew NaN or infinite values", NOT_FINITE)
+                raise not_finite()
             return list(encode.map(lambda rgb: encode_image(rgb, format), wait()))
 
         def batches() -> Iterator[tuple[Sequence[Item], Future[list[bytes]]]]:
