@@ -132,6 +132,26 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 12])
+def test_terms_that_see_a_few_classes_at_once_give_the_same_gradient(rows: int) -> None:
+    """Of 3 classes with 4 images each: a score a sample, and one a class."""
+    x, y = images(12), torch.arange(3).repeat(4)
+    weights = torch.rand(3 * 16 * 16, 5, generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def score(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return (images.flatten(1) @ weights).pow(2).mean(1) * (labels + 1)
+
+    terms = [Term("a", 1.0, score), Term("b", 0.5, spread(lambda z: z.flatten(1) @ weights))]
+    whole, scales = image_gradients(terms, x, y)
+    seen.clear()
+    blocks, again = image_gradients(terms, x, y, rows)
+    torch.testing.assert_close(blocks, whole)
+    assert again == pytest.approx(scales, rel=1e-4)
+    assert seen == {1: [4, 4, 4], 4: [4, 4, 4], 5: [4, 4, 4], 12: [12]}[rows]
+
+
 def test_spread_is_the_mean_pairwise_distance_within_a_class() -> None:
     """Written out pair by pair; copies of one image have none, and it falls as images draw together."""
     x, y = images(6), torch.tensor([1, 0, 0, 1, 1, 0])

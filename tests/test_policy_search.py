@@ -181,6 +181,29 @@ def test_alignment_collapse_ends_the_run(model: LatentDiffusion) -> None:
         search.run()
 
 
+@pytest.mark.parametrize("parameters", ["embeds", "tokens"])
+def test_a_small_chunk_shows_its_classifiers_few_images_and_changes_rounding_alone(
+    model: LatentDiffusion, parameters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the drawn images nor the graphs of those who judge them grow with the classes."""
+    monkeypatch.setattr("utilgen_cli.diffusion.prompt_search.PROMPTS", 2)
+    found = []
+    for chunk in (320, 2):
+        search, seen = search_of(model, parameters, iterations=2, chunk=chunk), []
+
+        def bright(images: torch.Tensor, labels: torch.Tensor, seen: list[int] = seen):  # type: ignore[no-untyped-def]
+            seen.append(len(images))
+            return brightness(images, labels)
+
+        search.terms = [Term("brightness", 1.0, bright)]
+        found.append((search.run(), search.state.history))
+        of_a_class = 4  # 2 members, 2 images each, to judge; 2 in a step
+        assert max(seen) == (3 * of_a_class if chunk == 320 else of_a_class)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-4)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
 def test_a_flat_objective_is_refused(model: LatentDiffusion) -> None:
     search = search_of(model)
     search.terms = [Term("utility", 1.0, lambda x, y: 0 * x.sum((1, 2, 3)))]

@@ -5,7 +5,8 @@
         [--size 512 --classes 10 --images 500 --iterations 40 --chunk 1 ...]
 
 What was measured is stretched to 50,000 images of 100 classes: learning goes with the classes,
-drawing with the images. The scorer is a ResNet-50 at 64 px; the small CLIP of the tiny bundle guards.
+drawing with the images. The scorer is ResNet-50 at --scorer-size, with the folds and snapshots that
+`value train` takes by itself (twelve networks are climbed); the small CLIP of the tiny bundle guards.
 What the process holds at its highest is told, and on a GPU what torch held there.
 """
 
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels a side, with --divide")
     parser.add_argument("--model", type=Path, help="where it is made, or was by a run before")
     parser.add_argument("--classes", type=int, default=10, help="with --divide")
+    parser.add_argument("--scorer-size", type=int, default=64, help="pixels a side")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--population", type=int, default=4)
@@ -88,7 +90,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_shard(work / "real" / "00000.tar", noise_pictures(min(size, 64), names))
         utilgen = [sys.executable, "-m", "utilgen_cli"]
         run([*utilgen, "value", "train", "--real", str(work / "real"), "--arch", "resnet50",
-             "--size", "64", "--smoke", "-q", "-o", str(work / "value")], work / "value.log")  # fmt: skip
+             "--size", str(args.scorer_size), "--steps", "12", "-q", "-o", str(work / "value")],
+            work / "value.log")  # fmt: skip
         options = {
             "--iterations": args.iterations, "--population": args.population, "--noise": "single",
             "--search-steps": args.search_steps, "--steps": args.steps,

@@ -63,9 +63,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     rollout = Rollout(model, cond, config.sampling_steps, 7.5)
 
     def learn() -> None:
-        leaf = cond.clone().requires_grad_()
         noise, chosen = x.repeat(2, 1, 1, 1), set(range(rollout.steps))
-        accumulate(rollout, leaf.repeat(2, 1, 1), noise, chosen, torch.zeros_like, chunk=1)
+        accumulate(rollout, cond.repeat(2, 1, 1), noise, chosen, torch.zeros_like, chunk=1)
 
     def judge() -> None:
         with torch.no_grad():

@@ -78,11 +78,13 @@ class Terms:
         self.shots, self.shot_labels = self._shots(model.size)
 
     def _shots(self, size: int) -> tuple[Tensor, Tensor]:
-        if self.aim.real is None:
+        """The images that terms compare with; none where no term does."""
+        compared = self.aim.set_term != "none" or self.aim.clip_image_weight
+        if self.aim.real is None or not compared:
             return torch.empty(0), torch.empty(0)
         real = load_images(open_source([str(self.aim.real)], self.quarantine), size, self.classes)
         lacking = sorted(set(range(len(self.classes))) - set(real.labels.tolist()))
-        if lacking and (self.aim.set_term != "none" or self.aim.clip_image_weight):
+        if lacking:
             names = ", ".join(self.classes[label] for label in lacking)
             advice = "Add some, or leave out --set-term and --clip-image-weight."
             raise BadInput(str(self.aim.real), f"has no images of {names}", advice)

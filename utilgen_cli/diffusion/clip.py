@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..runtime.errors import NoInput
 from ..runtime.offline import offline
 
+AT_ONCE = 64  # real shots that are looked at in one go
 MODES = {"bicubic": "bicubic", "bilinear": "bilinear"}
 
 
@@ -129,7 +130,7 @@ def image_image_score(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """images, labels -> mean cos(image, real shots of its class) [B]; shots are [N, 3, H, W]."""
     with torch.no_grad():
-        embeds = clip.image_embeds(shots)
+        embeds = torch.cat([clip.image_embeds(part) for part in shots.split(AT_ONCE)])
     classes = int(shot_labels.max()) + 1
     centres = torch.stack([embeds[shot_labels == c].mean(0) for c in range(classes)])
 

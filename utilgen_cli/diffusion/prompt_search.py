@@ -14,7 +14,8 @@ rms|g_k| of the start.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,8 @@ from .noise import Calls, counted
 from .prompts import rms
 from .render import not_finite
 from .rollout import Rollout, default_chunk
+
+PROMPTS = 64  # of which a text encoder's graph takes no more than that of an image's U-Net call
 
 
 class Anchor(Protocol):
@@ -89,18 +92,46 @@ class SearchState:
     scales: dict[str, float] = field(default_factory=dict)  # s_k
 
 
+def class_blocks(classes: Tensor, rows: int) -> list[Tensor]:
+    """Where the images of some whole classes stand, `rows` of them or fewer if that is more than
+    one class; `classes` [B] has equally many of each class."""
+    _, where = classes.unique(return_inverse=True)
+    count = int(where.max()) + 1
+    step = max(1, rows * count // len(classes))
+    return [((where >= c) & (where < c + step)).nonzero()[:, 0] for c in range(0, count, step)]
+
+
+def term_gradient(term: Term, images: Tensor, labels: Tensor) -> Tensor:
+    """B times the gradient of the term's mean at images [B, 3, H, W]."""
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        value = term.function(leaf, labels).mean() * len(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return gradient
+
+
+def rms_norm(squares: Sequence[Tensor]) -> float:
+    """The root mean square of the norms whose squares are given in parts."""
+    return float(torch.cat(list(squares)).mean().sqrt())
+
+
 def image_gradients(
-    terms: list[Term], images: Tensor, labels: Tensor
+    terms: list[Term], images: Tensor, labels: Tensor, rows: int | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """(G [B, 3, H, W], rms|g_k| by term name) at detached images."""
+    """(G [B, 3, H, W], rms|g_k| by term name) at detached images.
+
+    The terms see whole classes, `rows` images at once (all without). The images may lie on the
+    host: then G does.
+    """
+    blocks = class_blocks(labels, rows or len(labels))
     total, scales = torch.zeros_like(images), {}
     for term in terms:
-        leaf = images.detach().requires_grad_()
-        with torch.enable_grad():
-            value = term.function(leaf, labels).mean() * len(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf)
-        scale = float(gradient.flatten(1).norm(dim=1).square().mean().sqrt())
-        scales[term.name] = scale
+        gradient, squares = torch.empty_like(images), []
+        for at in blocks:
+            g = term_gradient(term, images[at.to(images.device)].to(labels.device), labels[at])
+            squares.append(g.flatten(1).norm(dim=1).square())
+            gradient[at.to(images.device)] = g.to(images.device)
+        scales[term.name] = scale = rms_norm(squares)
         if scale > 0:
             total += term.weight / scale * gradient
     return total, scales
@@ -113,25 +144,30 @@ def accumulate(
     chosen: set[int],
     gradient_of: Callable[[Tensor], Tensor],
     chunk: int,
-) -> None:
-    """Add G dimages/dcond to what `cond` [B, L, D] depends on; of `chunk` images the graph of one
-    step is held, or as much.
+) -> Tensor:
+    """G dimages/dcond [B, L, D]; of `chunk` images the graph of one step is held, or as much.
 
     A run that fits, decoding included, is one graph. A larger one is drawn without, for G (a term
-    may value the whole set); then G is pulled back step by step and chunk by chunk.
+    may value the whole set); then G is pulled back step by step and chunk by chunk. Its images and
+    G lie on the host.
     """
     if len(noise) * (len(chosen) + 1) <= chunk:
-        images = rollout.images(noise, cond, chosen)
-        images.backward(gradient_of(images.detach()))
-        return
+        leaf = cond.detach().requires_grad_()
+        images = rollout.images(noise, leaf, chosen)
+        (gradient,) = torch.autograd.grad(images, leaf, gradient_of(images.detach()))
+        return gradient
     parts = list(zip(noise.split(chunk), cond.detach().split(chunk), strict=True))
-    drawn = [rollout.draw(x, p, chosen) for x, p in parts]
-    gradient = gradient_of(torch.cat([images for _, images in drawn])).split(chunk)
+    runs, drawn = [], []
+    for x, p in parts:
+        run, images = rollout.draw(x, p, chosen)
+        runs.append(run)
+        drawn.append(images.cpu())
+    gradient = gradient_of(torch.cat(drawn)).split(chunk)
     pulled = [
-        rollout.pull_back(run, p, chosen, g)
-        for (run, _), (_, p), g in zip(drawn, parts, gradient, strict=True)
+        rollout.pull_back(run, p, chosen, g.to(p.device))
+        for run, (_, p), g in zip(runs, parts, gradient, strict=True)
     ]
-    cond.backward(torch.cat(pulled))
+    return torch.cat(pulled)
 
 
 class PromptSearch:
@@ -205,12 +241,14 @@ class PromptSearch:
         chosen = self.rollout.grad_steps.choose(self.rollout.timesteps(), generator)
         noise = self.noise(classes, f"ilpo-noise-{self.state.iteration}")
         self.optimizer.zero_grad()
-        cond = self.prompts(classes, members)
 
         def gradient_of(images: Tensor) -> Tensor:
-            return image_gradients(self.terms, images, classes)[0]
+            return image_gradients(self.terms, images, classes, self.chunk)[0]
 
-        accumulate(self.rollout, cond, noise, chosen, gradient_of, self.chunk)
+        cond = self.embeds(classes, members)
+        pulled = accumulate(self.rollout, cond, noise, chosen, gradient_of, self.chunk)
+        for c, m, g in self.in_parts(classes, members, pulled):
+            self.prompts(c, m).backward(g)
         gradient = -self.member_gradients()
         if self.anchor is not None:
             self.anchor.backward(self.state.iteration)
@@ -237,11 +275,19 @@ class PromptSearch:
         items = [(c, i) for i, c in enumerate(classes.tolist())]
         return initial_noise(self.rollout.model, seed, items)
 
+    def in_parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The same rows of each, as many as a text encoder may hold the graph of."""
+        return zip(*(x.split(PROMPTS * self.chunk) for x in rows), strict=True)
+
     @torch.no_grad()
+    def embeds(self, classes: Tensor, members: Tensor) -> Tensor:
+        """Prompt embeddings [B, L, D], without a graph."""
+        return torch.cat([self.prompts(*part) for part in self.in_parts(classes, members)])
+
     def all_embeds(self) -> Tensor:
         """Prompt embeddings [C, M, L, D] of the present theta."""
         c, m = self.theta.shape[:2]
-        flat = self.prompts(*self.grid(1))
+        flat = self.embeds(*self.grid(1))
         return flat.view(c, m, *flat.shape[1:]).cpu()
 
     def evaluate(self) -> None:
@@ -261,24 +307,33 @@ class PromptSearch:
         if facts["objective"] >= state.history[self.best_row()]["objective"]:
             state.best, self.best_theta = state.iteration, self.theta.detach().clone()
 
+    @torch.no_grad()
     def judge(self) -> dict[str, Any]:
         """Each term's mean, label fidelity by each labeller, and rms|g_k|, on validation noise."""
         members = self.theta.shape[1]
         classes, rows = self.grid(max(1, self.config.validation_images // members))
         noise = self.noise(classes, "ilpo-validation")
-        with torch.no_grad():
-            cond = self.prompts(classes, rows)
-            parts = zip(noise.split(self.chunk), cond.split(self.chunk), strict=True)
+        sums, squares = defaultdict[str, float](float), defaultdict[str, list[Tensor]](list)
+        for at in class_blocks(classes, self.chunk):
+            labels = classes[at]
+            parts = zip(
+                noise[at].split(self.chunk),
+                self.embeds(labels, rows[at]).split(self.chunk),
+                strict=True,
+            )
             images = torch.cat([self.rollout.images(x, p, set()) for x, p in parts])
             if not images.isfinite().all():
                 raise not_finite()
-            facts: dict[str, Any] = {
-                t.name: float(t.function(images, classes).mean()) for t in self.terms
-            }
+            for term in self.terms:
+                sums[term.name] += len(at) * float(term.function(images, labels).mean())
+                if not self.state.history:
+                    g = term_gradient(term, images, labels)
+                    squares[term.name].append(g.flatten(1).norm(dim=1).square())
             for name, labeller in self.labellers.items():
-                facts[f"fidelity_{name}"] = float((labeller(images) == classes).float().mean())
-        if not self.state.history:
-            facts["scales"] = image_gradients(self.terms, images, classes)[1]
+                sums[f"fidelity_{name}"] += int((labeller(images) == labels).sum())
+        facts: dict[str, Any] = {name: value / len(classes) for name, value in sums.items()}
+        if squares:
+            facts["scales"] = {name: rms_norm(parts) for name, parts in squares.items()}
             self.refuse_flat(facts["scales"])
         return facts
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ..runtime.errors import UsageError
+from .clip import AT_ONCE
 
 SetTerm = Callable[[Tensor, Tensor], Tensor]  # images, labels -> [classes present]
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> [B, D]
@@ -45,7 +46,7 @@ def coverage(
 ) -> SetTerm:
     """How near some image of the class comes to each real shot: mean soft maximum of the cosine."""
     with torch.no_grad():
-        real = F.normalize(features(shots), dim=1)
+        real = F.normalize(torch.cat([features(x) for x in shots.split(AT_ONCE)]), dim=1)
 
     def term(images: Tensor, labels: Tensor) -> Tensor:
         z, present = by_class(F.normalize(features(images), dim=1), labels)
@@ -58,10 +59,13 @@ def coverage(
     return term
 
 
-def class_gradients(model: nn.Module, images_cn: Tensor, labels_c: Tensor) -> dict[str, Tensor]:
+def class_gradients(
+    model: nn.Module, images_cn: Tensor, labels_c: Tensor, at_once: int | None = None
+) -> dict[str, Tensor]:
     """Per class the gradient of the mean loss of [C, n, 3, H, W] images: name -> [C, ...].
 
-    The classifier is in eval mode; differentiable with respect to the images.
+    The classifier is in eval mode; differentiable with respect to the images. Of `at_once` classes
+    the graph is held (of all without).
     """
     parameters = {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
     buffers = dict(model.named_buffers())
@@ -70,7 +74,8 @@ def class_gradients(model: nn.Module, images_cn: Tensor, labels_c: Tensor) -> di
         logits = functional_call(model, (p, buffers), (x,))
         return F.cross_entropy(logits, y.expand(len(x)))
 
-    return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images_cn, labels_c)
+    each = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=at_once)
+    return each(parameters, images_cn, labels_c)
 
 
 def gradient_match(snapshots: Sequence[nn.Module], shots: Tensor, shot_labels: Tensor) -> SetTerm:
@@ -83,7 +88,7 @@ def gradient_match(snapshots: Sequence[nn.Module], shots: Tensor, shot_labels: T
         snapshot.eval().requires_grad_(True)
     with torch.no_grad():
         grouped, classes = by_class(shots, shot_labels)
-        real = [class_gradients(s, grouped, classes) for s in snapshots]
+        real = [class_gradients(s, grouped, classes, 1) for s in snapshots]
 
     def term(images: Tensor, labels: Tensor) -> Tensor:
         own, present = by_class(images, labels)
