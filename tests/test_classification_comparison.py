@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.files import write_json
 from utilgen_cli.shards.operands import Source
 from utilgen_cli.shards.sample import Sample
+from utilgen_cli.shards.writer import write_shard
 
-from .classification_toys import colour_images, shards_of
+from .classification_toys import NAMES, colour_images, samples_of, shards_of
 
 PROTOCOL = Protocol(TrainConfig(steps=6, batch_size=8), seeds=2, image_size=16)
 
@@ -96,22 +98,87 @@ def test_the_same_comparison_gives_the_same_figures(inputs: Inputs, found: Compa
     assert found.influence == again.influence
 
 
-def test_the_test_set_is_opened_once_when_no_run_is_left_to_train(
+def test_the_test_sets_images_are_read_once_when_no_run_is_left_to_train(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its labels and names alone are looked at before, so that no training is for nothing."""
     events: list[str] = []
 
     class Watched(Source):
         def samples(self) -> Iterator[Sample]:
-            events.append("test")
-            return super().samples()
+            events.append("test" if "train" in events else "labels")
+            for sample in super().samples():
+                if "train" not in events:
+                    del sample.members["png"]
+                yield sample
 
     train = evaluation.train_classifier
     monkeypatch.setattr(
         evaluation, "train_classifier", lambda *a, **k: (events.append("train"), train(*a, **k))[1]
     )
     compare_arms(replace(inputs, test=Watched(inputs.test.paths)), PROTOCOL)
-    assert events == ["train"] * 10 + ["test"]
+    assert events == ["labels"] + ["train"] * 10 + ["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "line"),
+    [("verde", [1], "class 1 is 'verde' here and 'green' before"),
+     ("blue", [3], "label 3 is not one of the 3 classes"), ("", [], "no samples in it")],
+)  # fmt: skip
+def test_a_test_set_of_another_task_is_refused_before_any_training(
+    inputs: Inputs, tmp_path: Path, name: str, labels: list[int], line: str
+) -> None:
+    (png,) = samples_of(colour_images(1).subset([0]))
+    samples = [
+        Sample(f"t{i}", {**png.members, "cls": b"%d" % i, "json": b'{"class_name": "%s"}' % name.encode()})
+        for i in labels
+    ]  # fmt: skip
+    write_shard(tmp_path / "test.tar", samples)
+    with pytest.raises(UtilgenError, match=line):
+        compare_arms(
+            replace(inputs, test=Source((tmp_path / "test.tar",))), PROTOCOL, tmp_path / "o"
+        )
+    assert not list((tmp_path / "o").glob("*.safetensors"))
+
+
+def test_sets_without_names_take_those_of_the_others(inputs: Inputs, tmp_path: Path) -> None:
+    real = samples_of(colour_images(4))
+    for sample in real:
+        del sample.members["json"]
+    write_shard(tmp_path / "real.tar", real)
+    unnamed = Source((tmp_path / "real.tar",))
+    found = compare_arms(replace(inputs, real=unnamed), replace(PROTOCOL, seeds=1))
+    assert found is not None
+    assert [row["class"] for row in found.summary["arms"][0]["per_class"]] == NAMES
+
+
+@pytest.mark.parametrize("lone", ["--val", "good"])
+def test_a_lone_image_is_refused_before_any_training(
+    inputs: Inputs, tmp_path: Path, lone: str
+) -> None:
+    one = shards_of(tmp_path / "one", colour_images(1).subset([0]))
+    change = {"validation": one} if lone == "--val" else {"synthetic": {"good": one}}
+    with pytest.raises(UsageError, match=f"{lone}: has a single image"):
+        compare_arms(replace(inputs, **change), PROTOCOL, tmp_path / "o")
+    assert not list((tmp_path / "o").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [({"real_share": 0.05}, "leaves one side out of batches of 8"),
+     ({"validate_every": 7}, "never comes in 6 steps")],
+)  # fmt: skip
+def test_what_would_be_other_than_it_says_is_refused(
+    inputs: Inputs, config: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UsageError, match=line):
+        compare_arms(inputs, replace(PROTOCOL, config=replace(PROTOCOL.config, **config)))
+
+
+def test_two_arms_of_one_name_are_refused(inputs: Inputs) -> None:
+    sets = {"a": inputs.synthetic["good"], "real + a": inputs.synthetic["wrong"]}
+    with pytest.raises(UsageError, match=r"'real \+ a': two arms would have this name"):
+        compare_arms(replace(inputs, synthetic=sets), PROTOCOL)
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(
@@ -241,6 +308,9 @@ def test_the_cost_of_a_set_is_that_of_all_its_stages(tmp_path: Path) -> None:
         ("value score", 6), ("generate", 30),
     ]  # fmt: skip
     assert (cost["seconds"], cost["images"], cost["price"]) == (36, 6, 1.0)
+    settings = {"command": "value score", "input": ["drawn/00000.tar"], "made in": str(tmp_path)}
+    write_json(tmp_path / "scored" / "settings.json", settings)  # wherever `eval` is called
+    assert generation_cost(scored.shards(), price_per_hour=100) == cost
     (tmp_path / "drawn" / "00000_stats.json").unlink()
     assert generation_cost(drawn.shards()) == {
         "seconds": None, "images": None, "price": None, "stages": [],

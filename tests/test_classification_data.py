@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from utilgen_cli.classification import data as data_module
 from utilgen_cli.classification.data import (
+    agree,
     augment,
     distort,
     load_images,
@@ -74,7 +76,15 @@ def test_samples_without_facts_are_named_by_their_label(tmp_path: Path) -> None:
     for sample in samples:
         del sample.members["json"]
     write_shard(tmp_path / "0.tar", samples)
-    assert load_images(open_source([str(tmp_path / "0.tar")]), 16).classes == ["0", "1", "2"]
+    source = open_source([str(tmp_path / "0.tar")])
+    unnamed = load_images(source, 16)
+    assert unnamed.classes == ["0", "1", "2"] and unnamed.unnamed == {0, 1, 2}
+    named = load_images(shards_of(tmp_path / "named", colour_images(1)), 16, unnamed)
+    agree([unnamed, named])
+    assert unnamed.classes == named.classes == NAMES and not unnamed.unnamed
+    other = replace(named, classes=["red", "verde", "blue"])
+    with pytest.raises(BadInput, match="class 1 is 'verde' here and 'green' before"):
+        agree([named, other])
 
 
 @given(seed=st.integers(0, 99), pad=st.integers(0, 4))

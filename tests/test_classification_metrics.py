@@ -55,7 +55,7 @@ def test_paired_difference_is_scipys_paired_t_test() -> None:
 
 
 def test_one_seed_or_no_spread_claims_no_interval() -> None:
-    for a, b in (([0.7], [0.6]), ([0.7, 0.7], [0.5, 0.5])):
+    for a, b in (([0.7], [0.6]), ([0.7, 0.7], [0.5, 0.5]), ([0.55, 0.45], [0.5, 0.4])):
         found = metrics.paired_difference(a, b)
         assert (found["low"], found["high"], found["p"]) == (None, None, None)
     assert metrics.mean_std([0.5]) == {"mean": 0.5, "std": None}

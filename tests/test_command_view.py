@@ -33,6 +33,16 @@ def test_pairs_are_read_to_their_end(utilgen: Run, tmp_path: Path) -> None:
     assert done.returncode == 65 and b"the stream ends inside" in done.stderr
 
 
+def test_a_utility_that_is_none_is_said_or_skipped(utilgen: Run, tmp_path: Path) -> None:
+    samples = [make_sample(i, 0).with_member("utility.json", data)
+               for i, data in enumerate((b'{"utility": 1}', b"{}", b"null", b'"hi"'))]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_bytes(samples))
+    done = utilgen("view", "a.tar", "-o", "page.html", check=False)
+    assert done.returncode == 65 and done.stderr.count(b"\n") <= 2
+    utilgen("view", "a.tar", "-o", "page.html", "--on-error", "skip")
+    assert (tmp_path / "page.html").read_text().count("<img") == 1
+
+
 def test_errors_are_one_line_and_nothing_is_written(utilgen: Run, tmp_path: Path) -> None:
     cut = tar_bytes([make_sample(0)])[:2048]
     for args, code, words in (

@@ -54,6 +54,17 @@ def pair(samples: list[Sample], **config: object) -> tuple[list[Sample], Pairing
     return list(made), report
 
 
+def test_sets_that_count_alike_give_pairs_with_keys_of_their_own() -> None:
+    """Two rounds of `generate` both begin at 0000-000000."""
+    rounds = [
+        [scored(f"0000-{i:06d}", i / 8, 0, picture(10 * r + i)) for i in range(8)] for r in (0, 1)
+    ]
+    made, _ = pair([*rounds[0], *rounds[1]])
+    keys = [sample.key for sample in made]
+    assert sorted(keys) == ["0000-000006", "0000-000006-2", "0000-000007", "0000-000007-2"]
+    assert [sample.facts["win_key"] for sample in made] == [key[:11] for key in keys]
+
+
 pools = st.lists(
     st.tuples(st.integers(0, 2), st.sampled_from(["a", "b"]), st.floats(0, 1)),
     min_size=1,

@@ -24,7 +24,7 @@ from utilgen_cli.valuation.pool import (
     make_pool,
     pixel_hash,
 )
-from utilgen_cli.valuation.todv import ValueConfig
+from utilgen_cli.valuation.todv import Trajectory, ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 
@@ -203,6 +203,23 @@ def test_auroc_is_the_share_of_ordered_pairs():
     pairs = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
     assert auroc(a, b) == pytest.approx(pairs.mean().item())
     assert [verdict(x) for x in (0.95, 0.7, 0.4, None)] == ["ok", "weak", "inverted", "unknown"]
+
+
+@pytest.mark.parametrize("generated", [0, 2, 40])
+def test_planted_labels_are_in_no_batch_more_often_than_in_the_pool(generated):
+    """A quarter of a batch is for generated images; where they are few, their own share is."""
+    synthetic = colours(generated, 2) if generated else None
+    pool, _ = make_pool(colours(20, 1), synthetic, None, folds=2, canaries=0.1, seed=0)
+    run = Trajectory(replace(CONFIG, batch_size=40), pool, 16, 0, torch.device("cpu"))
+    real, other = pool.trained_on(0)
+    natural = len(other) / (len(real) + len(other))
+    share = min(0.25, natural)
+    roles = [pool.roles[run._batch(0)[1]] for run.step in range(60)]
+    assert {int((r != REAL).sum()) for r in roles} == {round(40 * share)}
+    planted = (torch.cat(roles) == PLANTED).double().mean().item()
+    expected = share * (pool.roles[other] == PLANTED).double().mean().item()
+    assert planted == pytest.approx(expected, rel=0.3)
+    assert (share < 0.25) == (generated < 40)
 
 
 def test_more_folds_than_images_are_refused(tmp_path):

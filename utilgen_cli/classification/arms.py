@@ -57,7 +57,13 @@ def build_arms(
     label = {(n, k): n if len(times) < 2 else f"{n} x{k:g}" for n, k, _ in volumes}
     alone = [Arm(label[n, k], ALONE, s, None, n, k) for n, k, s in volumes]
     joint = [Arm(f"real + {label[n, k]}", JOINT, share, s, n, k) for n, k, s in volumes]
-    return [Arm("real", REAL, share), *alone, *joint]
+    arms = [Arm("real", REAL, share), *alone, *joint]
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"--synthetic, --times: {twice!r}", "two arms would have this name",
+                         "Name the sets, or choose the volumes, otherwise.")  # fmt: skip
+    return arms
 
 
 def at_volume(

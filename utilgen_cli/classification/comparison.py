@@ -23,7 +23,7 @@ from .analysis import Analyst
 from .arms import REAL, Arm, build_arms, digest_images, digest_shards
 from .batches import stored_side
 from .cost import generation_cost
-from .data import LabelledImages, load_images
+from .data import LabelledImages, agree, check_labels, load_images
 from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
 from .leaks import Prints, find_leaks
 from .summary import summarise
@@ -123,10 +123,15 @@ def _compare(
     size = protocol.image_size
     side = stored_side(protocol.config.augmentation, size)
     real = load_images(inputs.real, side, progress=progress)
-    load = partial(load_images, size=side, classes=real.classes, progress=progress)
+    load = partial(load_images, size=side, like=real, progress=progress)
     validation = load(inputs.validation) if inputs.validation else None
     synthetic = {name: load(source) for name, source in inputs.synthetic.items()}
+    agree([data for data in (real, validation, *synthetic.values()) if data is not None])
     _check_protocol(protocol, validation, team)
+    if validation is not None:
+        _check_sizes({"--val": validation, **synthetic})
+    if team.rank == 0:
+        check_labels(inputs.test, real)
     as_train = validation if protocol.validation_as_train else None
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
@@ -197,6 +202,17 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
             f"--batch-size {protocol.config.batch_size}", f"too few for {team.size} processes",
             f"Use at least {2 * team.size}, or leave out --data-parallel.",
         )  # fmt: skip
+    share, size = protocol.config.real_share, protocol.config.batch_size
+    if 0 < share < 1 and round(share * size) in (0, size):
+        raise UsageError(
+            f"--real-share {share:g}", f"leaves one side out of batches of {size}",
+            "Use larger batches, or another share.",
+        )  # fmt: skip
+    if protocol.config.validate_every > protocol.config.steps:
+        raise UsageError(
+            f"--validate-every {protocol.config.validate_every}",
+            f"never comes in {protocol.config.steps} steps", "Use a smaller one.",
+        )  # fmt: skip
     if protocol.config.validate_every and validation is None:
         raise UsageError("--validate-every", "needs --val", "Name the validation shards.")
     if protocol.config.validate_every and protocol.validation_as_train:
@@ -206,6 +222,14 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
         )  # fmt: skip
     if protocol.validation_as_train and validation is None:
         raise UsageError("--val-as-train", "needs --val", "Name the validation shards.")
+
+
+def _check_sizes(sets: Mapping[str, LabelledImages]) -> None:
+    """Before any training: between single images there are no distances to compare."""
+    for name, data in sets.items():
+        if len(data) < 2:
+            raise UsageError(name, "has a single image, and sets are compared with --val",
+                             "Add images, or leave out --val.")  # fmt: skip
 
 
 def _check_baseline(baseline: str, arms: Sequence[Arm]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.output import SETTINGS
+from ..runtime.output import MADE_IN, SETTINGS
 
 
 def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:
@@ -28,7 +28,8 @@ def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:
         stages.append({"command": str(settings.get("command", "unknown")), "seconds": seconds,
                        "images": images})  # fmt: skip
         before = settings.get("input") or []
-        shards = [Path(p) for p in before] if isinstance(before, list) else [Path(str(before))]
+        base = Path(str(settings.get(MADE_IN, "")))
+        shards = [base / str(p) for p in (before if isinstance(before, list) else [before])]
     return stages
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,17 +24,22 @@ if TYPE_CHECKING:
     from ..shards.sample import Sample
 
 AT_ONCE = 64  # images that are decoded together
+SAME = "All shards of a task need the same classes."
 IN_MEMORY = 1 << 30  # bytes of pixels; beyond it they live in an unlinked temporary file
 
 
 @dataclass
 class LabelledImages:
-    """A labelled set: images uint8 [N, 3, S, S], labels int64 [N], keys [N], class names."""
+    """A labelled set: images uint8 [N, 3, S, S], labels int64 [N], keys [N], class names.
+
+    `unnamed` classes have no name in their shards, and stand in `classes` by their number.
+    """
 
     images: Tensor
     labels: Tensor
     keys: list[str]
     classes: list[str]
+    unnamed: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +48,8 @@ class LabelledImages:
         """The samples at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.long)
         keys = [self.keys[i] for i in at.tolist()]
-        return replace(self, images=self.images[at], labels=self.labels[at], keys=keys)
+        images = _gathered((self.images[part] for part in at.split(AT_ONCE)), self.images, len(at))
+        return replace(self, images=images, labels=self.labels[at], keys=keys)
 
 
 def concatenate(sets: Sequence[LabelledImages]) -> LabelledImages:
@@ -51,89 +57,150 @@ def concatenate(sets: Sequence[LabelledImages]) -> LabelledImages:
     first = sets[0]
     if any(s.classes != first.classes for s in sets):
         raise BadInput("data", "the sets have different classes", "Use shards of one task.")
+    parts = (part for s in sets for part in s.images.split(AT_ONCE))
     return LabelledImages(
-        torch.cat([s.images for s in sets]),
+        _gathered(parts, first.images, sum(map(len, sets))),
         torch.cat([s.labels for s in sets]),
         [key for s in sets for key in s.keys],
         first.classes,
+        first.unnamed,
     )
+
+
+def agree(sets: Sequence[LabelledImages]) -> None:
+    """Give the classes of all sets the names that any of them knows. BadInput: one has two."""
+    names: dict[int, str] = {}
+    for data in sets:
+        for label in sorted(set(range(len(data.classes))) - data.unnamed):
+            name = data.classes[label]
+            if names.setdefault(label, name) != name:
+                raise _two_names("data", label, name, names[label])
+    for data in sets:
+        data.classes, data.unnamed = _all_names(names, len(data.classes))
+
+
+def _all_names(names: dict[int, str], count: int) -> tuple[list[str], frozenset[int]]:
+    return [names.get(i, str(i)) for i in range(count)], frozenset(range(count)) - set(names)
 
 
 def load_images(
     source: Source,
     size: int,
-    classes: list[str] | None = None,
+    like: LabelledImages | Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> LabelledImages:
     """Read every sample of `source`, its image resized to [3, size, size].
 
-    Without `classes` the names come from the samples' `json` (the label as text where it is
-    silent). With them a label or a name that disagrees raises BadInput; no samples at all, NoInput.
+    Without `like` the names come from the samples' `json` (the label as text where it is silent).
+    With a set or with class names a label or a name that disagrees raises BadInput. No samples at
+    all: NoInput.
     """
     from ..shards.images import decode_many
 
     pixels, labels, keys = _Pixels(size), [], []
-    names: dict[int, str] = dict(enumerate(classes or []))
+    names, count = _known(like)
     samples = iter(source.samples())
     with progress("read", None) as task:
         while some := list(itertools.islice(samples, AT_ONCE)):
             for sample in some:
-                _check_label(sample, names, fixed=classes is not None)
+                _check_label(sample, names, count)
                 labels.append(sample.label)
                 keys.append(sample.key)
             for rgb in decode_many(some, size, torch.get_num_threads()):
                 pixels.append(rgb)
             task.advance(len(some))
     if not labels:
-        raise NoInput("shards", "no samples in them", "Name shards made by utilgen pack.")
+        raise _empty(source)
     return LabelledImages(
         pixels.tensor(),
         torch.tensor(labels, dtype=torch.int64),
         keys,
-        [names.get(i, str(i)) for i in range(max([*names, *labels]) + 1)],
+        *_all_names(names, max([*names, *labels]) + 1 if count is None else count),
     )
 
 
-def _check_label(sample: Sample, names: dict[int, str], fixed: bool) -> None:
+def check_labels(source: Source, like: LabelledImages) -> None:
+    """What `load_images` says of labels and names, without a look at any pixel."""
+    names, count = _known(like)
+    seen = 0
+    for sample in source.samples():
+        _check_label(sample, names, count)
+        seen += 1
+    if not seen:
+        raise _empty(source)
+
+
+def _known(like: LabelledImages | Sequence[str] | None) -> tuple[dict[int, str], int | None]:
+    """The names of classes by their number, and how many classes there are if that is settled."""
+    if like is None:
+        return {}, None
+    if isinstance(like, LabelledImages):
+        names = {i: name for i, name in enumerate(like.classes) if i not in like.unnamed}
+        return names, len(like.classes)
+    return dict(enumerate(like)), len(like)
+
+
+def _empty(source: Source) -> NoInput:
+    what = ", ".join(str(path) for path in source.paths[:3])
+    return NoInput(what, "no samples in it", "Name shards made by utilgen pack.")
+
+
+def _check_label(sample: Sample, names: dict[int, str], count: int | None) -> None:
     label = sample.label
-    if label < 0 or (fixed and label not in names):
-        raise BadInput(
-            sample.key, f"label {label} is not one of the {len(names)} classes",
-            "All shards of a task need the same classes.",
-        )  # fmt: skip
+    if label < 0 or (count is not None and label >= count):
+        raise BadInput(sample.key, f"label {label} is not one of the {count} classes", SAME)
     name = sample.facts.get("class_name")
     if name is not None and names.setdefault(label, name) != name:
-        raise BadInput(
-            sample.key, f"class {label} is {name!r} here and {names[label]!r} before",
-            "All shards of a task need the same classes.",
-        )  # fmt: skip
+        raise _two_names(sample.key, label, name, names[label])
+
+
+def _two_names(where: str, label: int, here: str, before: str) -> BadInput:
+    return BadInput(where, f"class {label} is {here!r} here and {before!r} before", SAME)
+
+
+def _gathered(parts: Iterable[Tensor], like: Tensor, count: int) -> Tensor:
+    """`count` images that come in parts, of the size of those in `like`, held as `_Pixels` are."""
+    if count * like[:1].numel() <= IN_MEMORY:
+        return torch.cat([like[:0], *parts])
+    pixels = _Pixels(like.shape[-1])
+    for part in parts:
+        pixels.write(part.numpy())
+    return pixels.tensor()
 
 
 class _Pixels:
     """uint8 pixels that grow in memory up to IN_MEMORY bytes, then in a temporary file."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.count = size, 0
-        self.chunks: list[bytes] = []
+        self.size, self.bytes = size, 0
+        self.memory = bytearray()
         self.file: tempfile._TemporaryFileWrapper[bytes] | None = None
 
     def append(self, rgb_hwc: np.ndarray) -> None:
-        data = np.ascontiguousarray(rgb_hwc.transpose(2, 0, 1)).tobytes()
-        self.count += 1
-        if self.file is None and self.count * len(data) > IN_MEMORY:
+        """One image, [S, S, 3]."""
+        self.write(rgb_hwc.transpose(2, 0, 1))
+
+    def write(self, pixels: np.ndarray) -> None:
+        """Images as they shall lie, [..., 3, S, S]."""
+        data = np.ascontiguousarray(pixels).data
+        self.bytes += data.nbytes
+        if self.file is None and self.bytes > IN_MEMORY:
             self.file = tempfile.NamedTemporaryFile(prefix="utilgen-", suffix=".pixels")  # noqa: SIM115
-            self.file.write(b"".join(self.chunks))
-            self.chunks = []
-        self.file.write(data) if self.file else self.chunks.append(data)
+            self.file.write(self.memory)
+            self.memory = bytearray()
+        if self.file is None:
+            self.memory += data.cast("B")
+        else:
+            self.file.write(data)
 
     def tensor(self) -> Tensor:
-        shape = (self.count, 3, self.size, self.size)
+        shape = (-1, 3, self.size, self.size)
         if self.file is None:
-            return torch.frombuffer(bytearray(b"".join(self.chunks)), dtype=torch.uint8).view(shape)
+            return torch.frombuffer(self.memory, dtype=torch.uint8).view(shape)
         self.file.flush()
         os.fsync(self.file.fileno())
-        count = self.count * 3 * self.size * self.size
-        mapped = torch.from_file(self.file.name, shared=False, size=count, dtype=torch.uint8)
+        name = self.file.name
+        mapped = torch.from_file(name, shared=False, size=self.bytes, dtype=torch.uint8)
         self.file.close()  # the mapping keeps the unlinked file alive
         return mapped.view(shape)
 

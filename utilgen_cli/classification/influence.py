@@ -82,8 +82,19 @@ def direction(
 
 def influence(features: Tensor, logits: Tensor, labels: Tensor, s: Tensor) -> Tensor:
     """Influence [N] of samples on the validation loss; positive is helpful."""
-    r = residuals(logits.double().softmax(1), labels)
-    return ((with_bias(features) @ s.T) * r).sum(1)
+    return of_labels(influence_parts(features, logits, s), labels)
+
+
+def influence_parts(features: Tensor, logits: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(A [N, C], b [N]): with label y the influence of sample i is b_i - A_iy."""
+    a = with_bias(features) @ s.T
+    return a, (a * logits.double().softmax(1)).sum(1)
+
+
+def of_labels(parts: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    """The influence [N] that the samples have with these labels."""
+    a, b = parts
+    return b - a.gather(1, labels[:, None])[:, 0]
 
 
 def bootstrap_share(positive: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -108,16 +119,17 @@ def positive_share(
     set with these images but meaningless labels would score, as mean and 95 % range.
     """
 
-    def mean_influence(y: Tensor) -> Tensor:
-        return torch.stack([
-            influence(f, z, y, s) for f, z, s in zip(features, logits, directions, strict=True)
-        ]).mean(0)  # fmt: skip
-
-    values = mean_influence(labels)
+    models = zip(features, logits, directions, strict=True)
+    each = [influence_parts(*model) for model in models]
+    mean = (
+        torch.stack([a for a, _ in each]).mean(0),
+        torch.stack([b for _, b in each]).mean(0),
+    )
+    values = of_labels(mean, labels)
     positive = (values > 0).numpy()
     generator = torch.Generator().manual_seed(derive_seed("shuffle", seed))
     null = [
-        (mean_influence(labels[torch.randperm(len(labels), generator=generator)]) > 0)
+        (of_labels(mean, labels[torch.randperm(len(labels), generator=generator)]) > 0)
         .double().mean().item()
         for _ in range(shuffles)
     ]  # fmt: skip

@@ -44,6 +44,9 @@ def mean_std(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": spread}
 
 
+ROUNDING = 1e-12  # differences of accuracies that are all one number spread by less
+
+
 def paired_difference(
     values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95
 ) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def paired_difference(
     n, mean = len(d), float(d.mean())
     result: dict[str, Any] = {"mean": mean, "low": None, "high": None, "p": None, "n": n}
     error = float(d.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    if error > 0:
+    if error > ROUNDING:
         half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
         p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
         result |= {"low": mean - half, "high": mean + half, "p": p}

@@ -35,12 +35,22 @@ class Training:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0  # of the processes before this one
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def save(self, path: Path, seconds: float) -> None:
-        """Write everything, torch's own generator included."""
+        """Write everything, torch's own generators included: dropout draws from them."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= optimizer_tensors(self.optimizer)
         tensors["noise"] = torch.get_rng_state()
+        if self.on_gpu:
+            tensors["noise.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
         meta = {"step": self.step, "best": self.best, "seconds": seconds,
                 "scaler": self.scaler.state_dict()}  # fmt: skip
@@ -56,10 +66,12 @@ class Training:
         restore_optimizer(self.optimizer, tensors)
         if meta["scaler"]:
             self.scaler.load_state_dict(meta["scaler"])
-        self.losses = list(tensors["losses"].to(next(self.model.parameters()).device))
+        self.losses = list(tensors["losses"].to(self.device))
         self.best, self.best_state = meta["best"], _under(tensors, "best.")
         self.step, self.seconds = meta["step"], meta["seconds"]
         torch.set_rng_state(tensors["noise"])
+        if self.on_gpu and "noise.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["noise.cuda"], self.device)
 
 
 class Keeper:

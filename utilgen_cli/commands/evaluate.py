@@ -65,7 +65,8 @@ def evaluate(
     pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=10 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
-        validate_every=validate_every, precision=precision, augmentation=augment,
+        validate_every=min(validate_every, 10) if smoke else validate_every,
+        precision=precision, augmentation=augment,
     )  # fmt: skip
     pixels = size or (32 if set(archs) == {"small-cnn"} else 224)
     protocol = c.Protocol(

@@ -50,7 +50,8 @@ def train(
         int, typer.Option(min=1, help="Classifiers, each without its fold; 1: in-sample losses.")
     ] = 5,
     snapshots: Annotated[
-        int, typer.Option(min=1, max=100, help="Points of the trajectory to average over.")
+        int,
+        typer.Option(min=1, max=100, help="Points of the trajectory: --passes averages over them."),
     ] = 3,
     meta_gradient: Annotated[
         str, typer.Option(help="jvp, or exact-double: the same by double backward, to check.")

@@ -34,11 +34,11 @@ def view(
     from ..runtime.stdout import say
     from ..shards.operands import open_source
     from ..shards.quarantine import check_any
-    from .quarantining import quarantine_of, tell
+    from .quarantining import check_utility, quarantine_of, tell
 
     if output.suffix not in (".html", ".png"):
         raise UsageError(f"-o {output}", "neither a page nor a picture", "End it in .html or .png.")
-    aside = quarantine_of(on_error, check_any)
+    aside = quarantine_of(on_error, check_any, check_utility)
     source = open_source(shards, aside)
     if output.suffix == ".png":
         data = view_png(source.samples(), limit, lowest)

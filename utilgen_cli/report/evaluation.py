@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import UsageError, printable
 from ..runtime.files import write_atomic, write_json
 from ..shards.sample import Sample
+from ..shards.scores import UTILITY, utility_of
 from . import figures as fig
 from . import plots
 from .html import Markup, join, page, section, table, tag
-from .sheets import UTILITY, ClassSheet, collect, high_low_sheet, pair_list, same_keys
+from .sheets import ClassSheet, collect, high_low_sheet, pair_list, same_keys
 
 if TYPE_CHECKING:
     from ..classification.comparison import Comparison
@@ -62,7 +63,7 @@ def gather(
 def _noting(samples: Iterable[Sample], utility: dict[str, float]) -> Iterable[Sample]:
     for sample in samples:
         if UTILITY in sample.members:
-            utility[sample.key] = float(sample.parsed(UTILITY)["utility"])
+            utility[sample.key] = utility_of(sample)
         yield sample
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.errors import printable
 from .html import Markup, escape, tag
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ def unique_ids(text: str, label: str) -> str:
     return re.sub(r"url\(#", f"url(#{prefix}-", text)
 
 
+def shown(name: str) -> str:
+    """A name as text of a plot, without control characters. A legend leaves out what begins with
+    an underscore: a space goes before it."""
+    return " " * name.startswith("_") + printable(name)
+
+
 def accuracy_plot(arms: Sequence[dict[str, Any]], colours: Sequence[int]) -> Markup:
     """Every seed as a faint dot, the mean as a full one, one standard deviation as a bar."""
 
@@ -97,7 +104,7 @@ def accuracy_plot(arms: Sequence[dict[str, Any]], colours: Sequence[int]) -> Mar
             axes.plot([mean], [y], "o", color=hue, ms=8, mew=0)
             axes.annotate(f"{mean:.1f}", (mean, y), (0, 9), textcoords="offset points",
                           ha="center", fontsize=9, color=INK)  # fmt: skip
-        axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], color=INK)
+        axes.set_yticks(range(len(arms)), [shown(arm["name"]) for arm in arms], color=INK)
         axes.set_ylim(len(arms) - 0.5, -0.6)
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
@@ -118,9 +125,9 @@ def per_class_plot(arms: Sequence[dict[str, Any]], colours: Sequence[int]) -> Ma
             ]
             known = [(v, y) for y, v in enumerate(values) if v is not None]
             axes.plot([v for v, _ in known], [y for _, y in known], marker(arm["kind"]),
-                      color=SERIES[colour], ms=7, mew=1.6, label=arm["name"],
+                      color=SERIES[colour], ms=7, mew=1.6, label=shown(arm["name"]),
                       mfc=SERIES[colour] if arm["kind"] == "joint" else "none")  # fmt: skip
-        axes.set_yticks(range(len(names)), names, color=INK)
+        axes.set_yticks(range(len(names)), [shown(name) for name in names], color=INK)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("test accuracy, %")
@@ -161,7 +168,7 @@ def volume_plot(arms: Sequence[dict[str, Any]], colours: dict[str, int]) -> Mark
             axes.errorbar([a["times"] for a in own], [100 * a["accuracy"]["mean"] for a in own],
                           [100 * (a["accuracy"]["std"] or 0) for a in own], color=hue, marker="o",
                           lw=2, elinewidth=1, ls="-" if kind == "joint" else "--",
-                          label=f"{name}{', with real' if kind == 'joint' else ''}")  # fmt: skip
+                          label=shown(name) + ", with real" * (kind == "joint"))  # fmt: skip
         for arm in (a for a in arms if a["kind"] == "real"):
             axes.axhline(100 * arm["accuracy"]["mean"], color=SERIES[0], lw=1.2, label="real only")
         axes.set_xlabel("synthetic images per real image")
@@ -180,7 +187,8 @@ def scatter_plot(
         axes.axhline(0, color=MUTED, lw=0.8)
         reach = typical_reach([v for _, y in series.values() for v in y])
         for name, (x, y) in series.items():
-            axes.plot(x, y, "o", ms=3, mew=0, alpha=0.45, color=SERIES[colours[name]], label=name)
+            axes.plot(x, y, "o", ms=3, mew=0, alpha=0.45, color=SERIES[colours[name]],
+                      label=shown(name))  # fmt: skip
         axes.set_xlabel("utility, as scored")
         axes.set_ylabel("influence on validation")
         axes.set_ylim(-reach, reach)

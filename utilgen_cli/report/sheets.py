@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ..runtime.errors import printable
 from ..shards.images import decode_rgb, encode_image
 from ..shards.sample import IMAGE_TYPES, Sample
+from ..shards.scores import UTILITY, utility_of
 from .html import Markup, join, tag
 
 THUMB = 96  # pixels a side of an embedded image; smaller images stay as they are
-UTILITY = "utility.json"
 
 
 @dataclass(order=True)
@@ -60,7 +60,7 @@ def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:
         label = sample.label
         sheet = sheets.setdefault(label, ClassSheet(class_name(sample), label))
         scored = UTILITY in sample.members
-        utility = float(sample.parsed(UTILITY)["utility"]) if scored else 0.0
+        utility = utility_of(sample) if scored else 0.0
         shown = Shown(utility, -place, sample, scored)
         sheet.count += 1
         sheet.scored += scored

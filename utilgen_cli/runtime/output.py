@@ -18,6 +18,7 @@ from .errors import UsageError, UtilgenError
 from .files import write_json
 
 SETTINGS = "settings.json"
+MADE_IN = "made in"  # among the settings, not one of them: the directory that names are relative to
 ENDS = 1 << 20  # bytes of each end of a file that are looked at
 
 
@@ -65,6 +66,7 @@ class OutputDirectory:
         for name, paths in self.reads.items():
             if found := contents(paths):
                 self.settings[f"{name} contents"] = found
+        self.settings[MADE_IN] = str(Path.cwd())
         self._locks: list[int] = []
 
     @property
@@ -200,7 +202,7 @@ class OutputDirectory:
         before = self._before()
         names = sorted(
             name
-            for name in {*before, *self.settings}
+            for name in {*before, *self.settings} - {MADE_IN}
             if before.get(name) != self.settings.get(name)
         )
         if names and self.part is None and not self._made_anything():

@@ -23,8 +23,7 @@ def score_of(sample: Sample) -> dict[str, Any]:
     score = sample.parsed(UTILITY)
     utility: Any = score.get("utility")
     if type(utility) not in (int, float) or not math.isfinite(utility):
-        why = f"its utility is {utility!r}, not a number"
-        raise BadInput(sample.key, why, "Run `utilgen value score` again.")
+        raise sample.bad(f"its utility is {utility!r}, not a number")
     return score
 
 

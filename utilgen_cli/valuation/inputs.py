@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from ..classification.data import concatenate, load_images
+from ..classification.data import agree, concatenate, load_images
 from ..classification.models import build_classifier
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_rgb
@@ -13,13 +13,14 @@ from ..shards.operands import Source, open_source
 from ..shards.quarantine import Quarantine
 from .training import ValueData
 
+SMALLEST = 8  # pixels: below that the small CNN has nothing to pool
 LARGEST = 224  # default side in pixels where the images are larger
 
 
 def native_size(source: Source) -> int:
-    """The shorter side of the first image, at most LARGEST."""
+    """The shorter side of the first image, from SMALLEST to LARGEST."""
     for sample in source.samples():
-        return min(LARGEST, *decode_rgb(sample).shape[:2])
+        return max(SMALLEST, min(LARGEST, *decode_rgb(sample).shape[:2]))
     return LARGEST
 
 
@@ -37,10 +38,11 @@ def load_value_data(
     # Two classes will do to learn the side of the images that the architecture is built for.
     side = build_classifier(arch, 2, size or native_size(source)).transform["size"]
     first = load_images(source, side, None, progress)
-    load = partial(load_images, size=side, classes=first.classes, progress=progress)
+    load = partial(load_images, size=side, like=first, progress=progress)
     rest = [
         [load(open_source([name], quarantine)) for name in names]
         for names in (synthetic, validation)
     ]
+    agree([first, *(data for sets in rest for data in sets)])
     joined = [concatenate(sets) if sets else None for sets in rest]
     return ValueData(first, joined[0], joined[1])

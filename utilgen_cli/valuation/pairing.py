@@ -6,6 +6,7 @@ no image and no cluster of images dominates what the generator is taught.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -16,7 +17,7 @@ import numpy as np
 from ..runtime.errors import UsageError
 from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
-from ..shards.sample import Sample
+from ..shards.sample import MAX_KEY, Sample
 from .pair_pool import Candidate, Describe, SamplePool
 from .pair_strategies import STRATEGIES, Pairs, distinct_rows, wins
 
@@ -122,7 +123,8 @@ def pair_samples(
 ) -> Iterator[Sample]:
     """One pass over scored `samples`; then pairs, the best of every class first.
 
-    A pair has the winner's key, `win.EXT`, `lose.EXT` (bytes unchanged), `cls` and `json`.
+    A pair has the winner's key (with a number behind it where another set's winner had that key),
+    `win.EXT`, `lose.EXT` (bytes unchanged), `cls` and `json`.
     `report` is filled in. `describe`: images -> vectors, for `match` clip.
     BadInput if a sample has no utility, or not the features that are asked for.
     """
@@ -134,9 +136,11 @@ def pair_samples(
             choose_class_pairs(pool, int(label), config, report, vectors)
             for label in np.unique(pool.label)
         ]
+        taken: set[str] = set()
         for round_of_pairs in zip_longest(*by_class):
             for pair in filter(None, round_of_pairs):
-                yield _pair_sample(pool, pair, config.layout)
+                made = _pair_sample(pool, pair, config.layout)
+                yield Sample(_free_key(made.key, taken), made.members)
 
 
 MATCH_NAMES = {"value": "the value model's features", "clip": "CLIP", "grey": "grey levels"}
@@ -242,6 +246,14 @@ def _why_none(pool: SamplePool, members: np.ndarray, config: PairingConfig) -> s
     if spread < config.min_margin:
         return f"utilities differ by {spread:.3g} at most, --min-margin is {config.min_margin:g}"
     return "near-duplicates and small margins left nothing"
+
+
+def _free_key(key: str, taken: set[str]) -> str:
+    """`key`, or `key-2` and so on; it is taken then."""
+    ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    free = next(one for end in ends if (one := key[: MAX_KEY - len(end)] + end) not in taken)
+    taken.add(free)
+    return free
 
 
 def _pair_sample(pool: SamplePool, pair: tuple[int, int], layout: str) -> Sample:

@@ -14,12 +14,11 @@ from torch import Tensor
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_many
 from ..shards.sample import Sample, encode_json
-from ..shards.scores import pack_features
+from ..shards.scores import UTILITY, pack_features
 from .baselines import check_method, values_of
 from .neighbours import Memory
 from .value_model import Judgement, ValueModel
 
-UTILITY = "utility.json"
 FIELDS = ("utility", "loss", "probability", "margin", "nearest", "disagreement")
 
 
@@ -118,7 +117,7 @@ class Scorer:
 
     def _judge(self, batch: list[Sample]) -> tuple[Judgement, Tensor]:
         for sample in batch:
-            check_class(sample, self.value.classes)
+            check_class(sample, self.value)
         arrays = decode_many(batch, self.value.size, torch.get_num_threads())
         # channels last, as convolutions like it
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -160,11 +159,11 @@ def score_samples(
     return Scorer(value, method, batch_size)(samples)
 
 
-def check_class(sample: Sample, classes: list[str]) -> None:
-    """BadInput if the sample's class is none of `classes`, or has another name there."""
-    label = sample.label
+def check_class(sample: Sample, value: ValueModel) -> None:
+    """BadInput if the sample's class is none that `value` learnt, or has another name there."""
+    label, classes = sample.label, value.classes
     if label >= len(classes):
         raise sample.bad(f"class {label}: the value model knows {len(classes)} classes")
     name = sample.facts.get("class_name", classes[label])
-    if name != classes[label]:
+    if name != classes[label] and label not in value.facts.get("unnamed", ()):
         raise sample.bad(f"class {label} is {name!r}, in the value model {classes[label]!r}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 import torch
@@ -50,14 +50,15 @@ class Best(Generic[T]):
         self.heaps: dict[int, list[tuple[float, int, T]]] = {}
         self.count = itertools.count()
 
-    def offer(self, label: int, utility: float, item: T) -> None:
-        """Keep `item` if it is among the best of its class so far; earlier ones win ties."""
+    def offer(self, label: int, utility: float, item: Callable[[], T]) -> None:
+        """Make and keep the item if it is among the best of its class so far; earlier ones win
+        ties."""
         heap = self.heaps.setdefault(label, [])
-        entry = (utility, -next(self.count), item)
+        at = -next(self.count)
         if len(heap) < self.capacity:
-            heapq.heappush(heap, entry)
-        elif entry[:2] > heap[0][:2]:
-            heapq.heapreplace(heap, entry)
+            heapq.heappush(heap, (utility, at, item()))
+        elif utility > heap[0][0]:
+            heapq.heapreplace(heap, (utility, at, item()))
 
     def of(self, label: int) -> list[tuple[float, int, T]]:
         """(utility, position in the stream, item), in the order of the stream."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import io
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,7 +16,9 @@ from torch import Tensor
 from ..classification.data import LabelledImages
 from ..runtime.seeds import derive_seed
 from ..shards.images import decode_many
+from ..shards.reader import read_tar
 from ..shards.sample import Sample
+from ..shards.writer import end_of_tar, sample_bytes
 from .score import UTILITY, Scorer
 from .select import CANDIDATES, Best, pick_diverse, shares
 
@@ -23,13 +28,50 @@ ASIDE = 1000  # samples that a set is valued on
 def select_samples(samples: Iterable[Sample], scorer: Scorer, count: int) -> Iterator[Sample]:
     """`count` samples of high utility that differ from each other, classes evenly, in their order.
 
-    Memory holds the best candidates of each class only (4 for each sample that will be picked).
+    Memory holds the features of the best candidates of each class only (4 x `count`); the samples
+    themselves wait on disk.
     """
-    best: Best[tuple[Sample, Tensor]] = Best(CANDIDATES * count)
+    with Waiting() as waiting:
+        yield from _selected(samples, scorer, count, waiting)
+
+
+class Waiting:
+    """Samples in a temporary file."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile(prefix="utilgen-select-")  # noqa: SIM115
+
+    def put(self, sample: Sample) -> tuple[int, int]:
+        """Where it lies: offset and length."""
+        data = sample_bytes(sample)
+        data += end_of_tar(len(data))
+        at = self.file.seek(0, os.SEEK_END)
+        self.file.write(data)
+        return at, len(data)
+
+    def get(self, place: tuple[int, int]) -> Sample:
+        """The sample that lies there."""
+        at, length = place
+        self.file.seek(at)
+        (sample,) = read_tar(io.BytesIO(self.file.read(length)), "a waiting sample")
+        return sample
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def _selected(
+    samples: Iterable[Sample], scorer: Scorer, count: int, waiting: Waiting
+) -> Iterator[Sample]:
+    best: Best[tuple[tuple[int, int], Tensor]] = Best(CANDIDATES * count)
     for sample, features in scorer.with_features(samples):
-        best.offer(sample.label, sample.parsed(UTILITY)["utility"], (sample, features))
+        utility = sample.parsed(UTILITY)["utility"]
+        best.offer(sample.label, utility, lambda s=sample, f=features: (waiting.put(s), f.clone()))  # type: ignore[misc]
     found = {label: best.of(label) for label in sorted(best.heaps)}
-    picked: list[tuple[int, Sample]] = []
+    picked: list[tuple[int, tuple[int, int]]] = []
     portions = shares(count, [len(entries) for entries in found.values()])
     for entries, n in zip(found.values(), portions, strict=True):
         if len(entries) > CANDIDATES * n:
@@ -38,8 +80,8 @@ def select_samples(samples: Iterable[Sample], scorer: Scorer, count: int) -> Ite
         utilities = torch.tensor([u for u, _, _ in entries])
         vectors = torch.stack([f for _, _, (_, f) in entries])
         picked += [(entries[i][1], entries[i][2][0]) for i in pick_diverse(utilities, vectors, n)]
-    for _, sample in sorted(picked, key=lambda entry: entry[0]):
-        yield sample
+    for _, place in sorted(picked, key=lambda entry: entry[0]):
+        yield waiting.get(place)
 
 
 @dataclass

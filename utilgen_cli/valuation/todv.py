@@ -51,7 +51,9 @@ class ValueConfig:
     folds: int = 5  # classifiers; 1 is the published method with in-sample losses
     snapshots: int = 3  # points of the trajectory that scoring averages over
     warmup: float = 0.2  # share of the steps before the held-out losses say anything
-    real_share: float = 0.75  # of a batch; generated ones are often wrongly labelled
+    real_share: float = (
+        0.75  # of a batch, or more where there are more; generated ones are often wrongly labelled
+    )
     lr: float = 4e-3
     eta: float = 0.05  # rate of the virtual SGD step
     weight_lr: float = 1e-3  # Adam rate of W; above it W was seen to turn over
@@ -69,6 +71,10 @@ class ValueConfig:
     def facts(self) -> dict[str, Any]:
         """The configuration as JSON."""
         return asdict(self)
+
+    def look_every(self) -> int:
+        """`refresh`, or less in a run that would hardly be looked at."""
+        return max(1, min(self.refresh, self.steps // 4))
 
     def inner(self) -> TrainConfig:
         """How the classifiers are trained."""
@@ -123,7 +129,7 @@ class Trajectory:
 
     def advance(self) -> None:
         """One step of every classifier, and of phi where it is due."""
-        if self.step % self.config.refresh == 0:
+        if self.step % self.config.look_every() == 0:
             self.look()
         for k in range(self.config.folds):
             self._advance_one(k)
@@ -159,7 +165,8 @@ class Trajectory:
         draws = step_generator(self.seed, self.step, f"batch {k}")
         real, other = self.trained[k]
         n = self.config.batch_size
-        n_real = n if len(other) == 0 else round(self.config.real_share * n)
+        natural = len(real) / (len(real) + len(other))  # planted labels are wrong: not more of them
+        n_real = round(max(self.config.real_share, natural) * n)
         at = torch.cat([draw(real, n_real, draws), draw(other, n - n_real, draws)])
         return self._images(at, draws), at
 

@@ -92,6 +92,7 @@ def describe(
         "format": FORMAT,
         "arch": run.config.arch,
         "classes": run.pool.classes,
+        "unnamed": sorted(data.real.unnamed),
         "transform": {k: list(v) if isinstance(v, tuple) else v for k, v in transform.items()},
         "config": run.config.facts(),
         "seed": seed,
@@ -115,7 +116,7 @@ def reference_tensors(
     """What scoring compares with: the folds, and the features of real images."""
     found = {
         "hash": torch.tensor(list(known), dtype=torch.int64),
-        "fold": torch.tensor(list(known.values()), dtype=torch.uint8),
+        "fold": torch.tensor(list(known.values()), dtype=torch.int16),
     }
     judge = cast(Classifier, snapshots[-1].classifiers[0])
     sets = {"train": pool.trained_on(0)[0], "validation": pool.validated_on(0)}
