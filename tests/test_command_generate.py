@@ -126,6 +126,11 @@ def test_a_reader_that_leaves_is_141_and_silence(bash: Run, bundle: Path) -> Non
         (["-m", "no/such"], 66, "no/such"),
         (["-m", "tiny", "--tokens", "none/"], 66, "utilgen invert"),
         (["-m", "tiny", "--prompt", "hello", "--classes", "a"], 2, "{}"),
+        (
+            ["-m", "tiny", "--prompt", "a very detailed photo " * 25 + "of a {}"],
+            2,
+            "Shorten --prompt",
+        ),
     ],
 )
 def test_errors_say_what_to_do(utilgen: Run, args: list[str], code: int, says: str) -> None:

@@ -132,6 +132,46 @@ def test_without_optimisation_it_is_generate(bench: Path, utilgen: Run) -> None:
             assert np.abs(pixels(plain[name]) - pixels(same[name])).max() <= 1
 
 
+def test_without_iterations_all_images_come_of_the_class_prompt(bench: Path, utilgen: Run) -> None:
+    """The members of a population would differ by the jitter they begin with."""
+    utilgen("generate", "-m", "bundle", "--per-class", 3, "-q", "-o", "plain")
+    utilgen("ilpo", "-m", "bundle", "--clip", "clip", "--per-class", 3, "-q", "--iterations", 0,
+            "--noise", "none", "-o", "same")  # fmt: skip
+    plain, same = read(bench / "plain/00000.tar"), read(bench / "same/00000.tar")
+    for name in (name for name in plain if name.endswith("png")):
+        assert np.abs(pixels(plain[name]) - pixels(same[name])).max() <= 1
+
+
+def test_a_bundle_that_names_no_classes_takes_those_that_were_learnt(
+    bench: Path, utilgen: Run
+) -> None:
+    """As Stable Diffusion's: `ilpo` asks the value model, `generate` the policy."""
+    facts = json.loads((bench / "bundle/utilgen.json").read_text())
+    del facts["classes"]
+    (bench / "bundle/utilgen.json").write_text(json.dumps(facts))
+    options = ["-m", "bundle", "--per-class", 1, "-q", "-o"]
+    utilgen("ilpo", *COMMON, "--clip", "clip", *options, "best", "--save-policy", "policy")
+    utilgen("generate", "--policy", "policy", *options, "again")
+    best, again = read(bench / "best/00000.tar"), read(bench / "again/00000.tar")
+    for name in (name for name in best if name.endswith("png")):
+        assert np.abs(pixels(best[name]) - pixels(again[name])).max() <= 1
+    assert json.loads(again["0001-000000.json"])["class_name"] == "bag"
+    done = utilgen("generate", *options, "none", check=False)
+    assert done.returncode == 2 and b"names no classes" in done.stderr
+    done = utilgen("generate", "--policy", "policy", "--prompt", "a {}", *options, "x", check=False)
+    assert done.returncode == 2 and b"--prompt: a policy has prompts of its own" in done.stderr
+
+
+def test_an_objective_of_ones_own_lies_where_the_command_is_called(
+    bench: Path, commands: Path
+) -> None:
+    """The installed script has no working directory among Python's paths."""
+    (bench / "brighter.py").write_text("def score(images, labels): return images.mean((1, 2, 3))")
+    words = [str(w) for w in ("ilpo", "-m", "bundle", "--clip", "clip", *COMMON, "--objective",
+                              "brighter:score", "-o", "best")]  # fmt: skip
+    subprocess.run([commands / "utilgen", *words], cwd=bench, check=True)
+
+
 def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> None:
     done = utilgen("ilpo", "-m", "bundle", "--clip", "clip", "--smoke", "--parameters", "tokens",
                    "--noise", "full", "--objective", "entropy", "--grad-steps", "last:1")  # fmt: skip
@@ -149,6 +189,8 @@ def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> No
         ({"set_term": "luck"}, UsageError, "gradient-match"),
         ({"noise": "loud"}, UsageError, "zigzag"),
         ({"parameters": "words"}, UsageError, "tokens"),
+        ({"init": Path("prompts"), "tokens": Path("tokens")}, UsageError, "Leave one of them out"),
+        ({"anchor_weight": 1.0}, UsageError, "--real"),
         ({"objective": "beauty"}, UsageError, "MODULE:FUNCTION"),
         ({"value": Path("nowhere")}, NoInput, "value train"),
         ({"value": Path("other")}, BadInput, "other classes"),
@@ -216,6 +258,27 @@ def test_it_begins_with_the_prompts_of_a_policy(utilgen: Run, bench: Path) -> No
     done = utilgen(*options, "tokens", "--parameters", "tokens", check=False)
     assert done.returncode == 2
     assert b"--parameters tokens: a policy has encoded prompts" in done.stderr
+
+
+def test_other_adapters_than_prompts_and_tokens_were_learnt_with_are_told(
+    utilgen: Run, bench: Path
+) -> None:
+    model = ["-m", "bundle", "--smoke", "-o"]
+    utilgen("lora", "real.tar", *model, "lora")
+    learnt = ["invert", "real.tar", "--adapter", "lora", *model]
+    utilgen(*learnt, "prompts", "--population", 2)
+    utilgen(*learnt, "tokens")
+    for kind, name in (("policy", "prompts"), ("tokens", "tokens")):
+        drawn = ["generate", f"--{kind}", name, *model]
+        line = f"warning: {kind} {name} was learnt with lora, and is drawn with none"
+        assert line in utilgen(*drawn, f"{name}-without").stderr.decode()
+        assert b"warning" not in utilgen(*drawn, f"{name}-with", "--adapter", "lora").stderr
+    begun = ["ilpo", "--clip", "clip", "--init", "prompts", "--iterations", 0, *model]
+    assert b"policy prompts was learnt with lora" in utilgen(*begun, "a").stderr
+    utilgen(*begun, "b", "--adapter", "lora", "--save-policy", "kept")
+    kept = ["generate", "--policy", "kept", *model]
+    assert b"warning" not in utilgen(*kept, "c", "--adapter", "lora").stderr
+    assert b"policy kept was learnt with lora" in utilgen(*kept, "d").stderr
 
 
 def test_an_anchor_holds_the_prompts_to_the_real_shots(utilgen: Run, bench: Path) -> None:

@@ -214,7 +214,15 @@ def wide_text_encoder(path: Path) -> None:
     UNet2DConditionModel.from_config(config).save_pretrained(path / "unet")
 
 
-@pytest.mark.parametrize("damage", [drop_unet, cut_weights, pickled_weights, wide_text_encoder])
+def another_prediction(path: Path) -> None:
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "flow"}))
+
+
+DAMAGE = [drop_unet, cut_weights, pickled_weights, wide_text_encoder, another_prediction]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_bundle_gets_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     damage(make_bundle(tmp_path))
     with pytest.raises((NoInput, BadInput)) as caught:

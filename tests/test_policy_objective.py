@@ -206,6 +206,18 @@ def test_gradient_match_can_be_differentiated() -> None:
     assert after > before
 
 
+def test_gradient_match_takes_unequal_numbers_of_shots() -> None:
+    """Only the drawn images are equally many; a class's shots count by their mean."""
+    torch.manual_seed(0)
+    net = build_classifier("small-cnn", 2, 16)
+    shots, labels = images(5), torch.tensor([0, 1, 0, 0, 1])
+    x, y = images(4, seed=1), torch.tensor([0, 0, 1, 1])
+    both = gradient_match([net], shots, labels)(x, y)
+    each = [gradient_match([net], shots[labels == c], labels[labels == c])(x[y == c], y[y == c])
+            for c in (0, 1)]  # fmt: skip
+    torch.testing.assert_close(both, torch.cat(each))
+
+
 def test_unequal_classes_are_refused() -> None:
     with pytest.raises(UsageError, match="equally many"):
         spread(flat)(images(3), torch.tensor([0, 0, 1]))

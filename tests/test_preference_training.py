@@ -312,6 +312,16 @@ def test_class_tokens_take_the_place_of_prompts(bundle: str, tmp_path: Path) -> 
     assert summary["prompts"] == [f"a photo of a <utilgen-{c:04d}>" for c in range(3)]
 
 
+def test_tokens_of_other_classes_are_refused(bundle: str, tmp_path: Path) -> None:
+    embeds = torch.zeros(3, 1, 16)
+    save_tokens(tmp_path / "tokens", ["cat", *CLASSES[1:]], embeds, {"model": bundle})
+    line = "class 0 is 'dress', and the token there is of 'cat'"
+    with pytest.raises(BadInput, match=line):
+        run_dpo(bundle, tmp_path / "dpo", tokens=tmp_path / "tokens")
+    with pytest.raises(BadInput, match=line):
+        run_lora(bundle, tmp_path / "lora", tokens=tmp_path / "tokens")
+
+
 def test_a_class_token_in_a_prompt_needs_its_tokens(bundle: str, tmp_path: Path) -> None:
     facts = encode_json({"class_name": "dress", "prompt": "a photo of a <utilgen-0000>"})
     samples = [replace(made, members={**made.members, "json": facts}) for made in pairs(2)]
@@ -376,6 +386,9 @@ def test_every_class_is_drawn_with_its_own_adapter(bundle: str, tmp_path: Path) 
         PreferenceConfig(bundle, init=tmp_path / "lora")
     config = replace(config, classes=(*CLASSES, "hat"))
     with pytest.raises(BadInput, match="no adapter for hat"):
+        pixels(config, items)
+    config = replace(config, classes=("bag", "dress", "ankle boot"))
+    with pytest.raises(BadInput, match="has 0000-dress where class 0 is 'bag'"):
         pixels(config, items)
 
 

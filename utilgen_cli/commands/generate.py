@@ -55,7 +55,13 @@ def generate(
 
     refuse_terminal(output)
     from ..diffusion.bundle import parse_classes
-    from ..diffusion.generate import GenerateConfig, LazyGenerator, known_classes, model_named
+    from ..diffusion.generate import (
+        GenerateConfig,
+        LazyGenerator,
+        known_classes,
+        model_named,
+        warnings_of,
+    )
     from ..runtime.progress import reporter
 
     per_class, steps = (min(per_class, 2), min(steps or 4, 4)) if smoke else (per_class, steps)
@@ -64,6 +70,8 @@ def generate(
         parse_classes(classes), prompt, steps, guidance_scale, sampler, batch_size, format,
         compile,
     )  # fmt: skip
+    for line in [] if quiet else warnings_of(config):
+        report({}, False, f"generate: {line}")
     plan = plan_items(len(known_classes(config)), per_class, start)
     generator = LazyGenerator(config, device, precision, reporter(quiet))
     settings = {

@@ -59,29 +59,35 @@ def ilpo(
 ) -> None:
     """Optimise class prompts (through the sampler) and noise for utility, then draw with them.
 
-    Example: utilgen ilpo -m tiny --value value/ --real real/ --per-class 80 -o best/
+    Example: utilgen ilpo -m tiny --value value/ --per-class 80 -o best/
 
     It draws with DDIM: the noise optimisation inverts its steps.
     """  # fmt: skip
     from .streams import plan_items, refuse_terminal, report, run_source
 
     refuse_terminal(output)
-    from ..diffusion.bundle import parse_classes
-    from ..diffusion.generate import GenerateConfig, known_classes, model_named
+    from ..diffusion.generate import GenerateConfig, known_classes, model_named, warnings_of
     from ..diffusion.instance import InstanceConfig
     from ..diffusion.noise import NoiseConfig
+    from ..diffusion.policy import policy_facts
     from ..diffusion.prompt_search import SearchConfig
+    from ..runtime.errors import UsageError
     from ..runtime.progress import reporter
-    from .joining import Aim, PolicyRun
+    from .joining import Aim, PolicyRun, classes_to_draw
     from .quarantining import quarantine_of, tell
 
     if smoke:
         per_class, steps, iterations, population = min(per_class, 2), 4, min(iterations, 2), 1
         search_steps = min(search_steps, 2)
+    if init is not None:
+        if tokens is not None:
+            raise UsageError("--tokens", "--init has prompts of its own", "Leave one of them out.")
+        population = policy_facts(init).get("population", population)
+    name = model_named(model, tokens)
     config = GenerateConfig(
-        model_named(model, tokens), seed, tokens, tuple(adapter or ()), None,
-        parse_classes(classes), None, steps, guidance_scale, batch_size=batch_size,
-        compile=compile,
+        name, seed, tokens, tuple(adapter or ()), None,
+        classes_to_draw(classes, name, tokens, value), None, steps, guidance_scale,
+        batch_size=batch_size, compile=compile,
     )  # fmt: skip
     search = SearchConfig(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
@@ -100,6 +106,8 @@ def ilpo(
     run = PolicyRun(
         config, aim, instance, directory, device, precision, reporter(quiet), overwrite, aside
     )
+    for line in [] if quiet else warnings_of(config, init):
+        report({}, False, f"ilpo: {line}")
     plan = plan_items(len(known_classes(config)), per_class, start)
     settings = {
         **run.settings(),

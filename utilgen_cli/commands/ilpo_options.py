@@ -11,7 +11,8 @@ Objective = Annotated[
     str, typer.Option(help="utility, loss or entropy (GAP's), clip, or MODULE:FUNCTION.")
 ]
 Real = Annotated[
-    Path | None, typer.Option(help="Real shots, for --set-term and --clip-image-weight.")
+    Path | None,
+    typer.Option(help="Real shots, for --anchor-weight, --set-term and --clip-image-weight."),
 ]
 SetTerm = Annotated[
     str, typer.Option(help="Value of the set: none, gradient-match or coverage (need --real).")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..classification.data import load_images, to_float
+from ..diffusion.bundle import find_model, parse_classes, read_defaults
 from ..diffusion.clip import ClipModel, image_image_score, image_text_score, load_clip
 from ..diffusion.datadream import Shots, read_shots
 from ..diffusion.generate import GenerateConfig, Generator, LazyGenerator
@@ -31,7 +32,7 @@ from ..runtime.progress import Progress, silent
 from ..shards.operands import open_source
 from ..shards.quarantine import Quarantine
 from ..shards.sample import Sample
-from ..valuation.value_model import ValueModel, load_value
+from ..valuation.value_model import ValueModel, load_value, read_facts
 
 SET_TERMS = ("none", "gradient-match", "coverage")
 DEFAULT_CLIP = "ViT-B-32:openai"
@@ -123,6 +124,15 @@ class Terms:
         return {"clip": lambda images: self.clip.zero_shot(images, texts), "classifier": classifier}
 
 
+def classes_to_draw(
+    given: str | None, model: str, tokens: Path | None, value: Path
+) -> tuple[str, ...] | None:
+    """`--classes`; those of the value model where neither the bundle nor tokens name any."""
+    if given or tokens is not None or read_defaults(find_model(model)).get("classes"):
+        return parse_classes(given)
+    return tuple(read_facts(value)["classes"])
+
+
 def split_folds(value: ValueModel) -> tuple[ValueModel, ValueModel]:
     """(what the optimiser climbs, what judges it): disjoint classifiers where there are several."""
     if value.folds < 2:
@@ -161,6 +171,8 @@ class PolicyRun(LazyGenerator):
         quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__(config, device, precision, progress)
+        if instance.anchor_weight and aim.real is None:
+            raise UsageError("--anchor-weight", "needs the real shots", "Name them with --real.")
         self.aim, self.instance, self.overwrite = aim, instance, overwrite
         self.quarantine = quarantine or Quarantine()
         self.policy_directory, self.policy = policy_directory, None  # type: Path | None, Policy | None
@@ -225,9 +237,7 @@ class PolicyRun(LazyGenerator):
             )  # fmt: skip
 
     def shots(self, generator: Generator) -> Shots:
-        """The real shots' latents, to anchor the prompts. UsageError: no --real."""
-        if self.aim.real is None:
-            raise UsageError("--anchor-weight", "needs the real shots", "Name them with --real.")
+        """The real shots' latents, to anchor the prompts."""
         source = open_source([str(self.aim.real)], self.quarantine)
         return read_shots(source.samples(), generator.model, lambda sample: "")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.output import contents
 from .bundle import check_fit, first_line, load_component
 from .class_adapters import ClassAdapters, class_folders
 
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
     from .load import LatentDiffusion
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LEARNT_WITH = "learnt with"  # in the facts of tokens and policies
+
+
+def learnt_with(adapters: Sequence[Path]) -> dict[str, Any]:
+    """What tokens and prompts say of the adapters that were there when they were learnt."""
+    return {LEARNT_WITH: {"adapters": [str(a) for a in adapters], "contents": contents(adapters)}}
+
+
+def other_adapters(what: str, facts: dict[str, Any], adapters: Sequence[Path]) -> str | None:
+    """A warning where what was learnt with some adapters is to be drawn with others."""
+    before = facts.get(LEARNT_WITH)
+    if not isinstance(before, dict) or before.get("contents") == contents(adapters):
+        return None
+    named = ", ".join(before.get("adapters", [])) or "no adapter"
+    now = ", ".join(map(str, adapters)) or "none"
+    return f"warning: {what} was learnt with {named}, and is drawn with {now}"
 
 
 def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:

@@ -24,6 +24,7 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
 }
 T = TypeVar("T")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def find_model(name: str) -> Path:
@@ -106,6 +107,13 @@ def check_fit(path: Path, unet: Any, text_encoder: Any) -> None:
     width = text_encoder.config.hidden_size
     if unet.config.addition_embed_type is not None or unet.config.cross_attention_dim != width:
         raise BadInput(f"model {path}", "is not a Stable Diffusion 1.x or 2.x text-to-image model")
+
+
+def check_prediction(path: Path, scheduler: Any) -> None:
+    """BadInput where nobody here knows what the U-Net predicts."""
+    if (kind := scheduler.config.prediction_type) not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise BadInput(f"model {path}", f"predicts {kind!r}, which is none of {known}")
 
 
 def read_defaults(path: Path) -> dict[str, Any]:

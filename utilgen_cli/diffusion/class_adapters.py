@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.device import sent
 from ..runtime.errors import BadInput
+from .tokens import class_folder
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -48,7 +49,7 @@ class ClassAdapters:
 
     def __init__(self, model: LatentDiffusion, folders: dict[int, Path], name: str) -> None:
         self.name, self.index = name, {c: i for i, c in enumerate(sorted(folders))}
-        self.device = model.device
+        self.device, self.folders = model.device, folders
         self._rows: Tensor | None = None
         stacks: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
         for c in self.index:
@@ -90,11 +91,17 @@ class ClassAdapters:
             self._rows = before
 
     def check(self, classes: Sequence[str]) -> None:
-        """BadInput unless there is an adapter for every class."""
+        """BadInput unless there is an adapter for every class, and it is that of the class."""
         missing = [name for c, name in enumerate(classes) if c not in self.index]
         if missing:
             why = f"has no adapter for {', '.join(missing[:5])}"
             raise BadInput(f"adapter {self.name}", why, "Give `lora` shots of every class.")
+        for c, name in enumerate(classes):
+            if self.folders[c].name != class_folder(c, name):
+                why = f"has {self.folders[c].name} where class {c} is {name!r}"
+                raise BadInput(
+                    f"adapter {self.name}", why, "Name the classes that it was made for."
+                )
 
 
 def acting(model: LatentDiffusion, classes: Sequence[int]) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from .adapters import LORA_WEIGHTS
 from .finetune import CHECKPOINT, Figures, finetune
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .latents import LatentCache, index_prompts
-from .load import LatentDiffusion, class_prompts, load_model
+from .load import LatentDiffusion, TokenPrompts, load_model
 from .lora import TEXT_TARGETS, UNET_TARGETS, add_lora, save_lora, train_lora_only
 from .preference_loss import denoising_error, diffusion_target
 from .tokens import class_folder
@@ -142,12 +142,10 @@ def read_shots(
     return Shots(cache.finish(), known, index, torch.tensor(labels), names, digest.hexdigest())
 
 
-def shot_prompt(sample: Sample, prompts: list[str] | None, template: str) -> str:
+def shot_prompt(sample: Sample, tokens: TokenPrompts | None, template: str) -> str:
     """The class's prompt, with its token where tokens are given. BadInput: no class name."""
-    if prompts is not None:
-        if sample.label >= len(prompts):
-            raise sample.bad(f"its class {sample.label} has no token")
-        return prompts[sample.label]
+    if tokens is not None:
+        return tokens.of(sample, sample.label, sample.facts.get("class_name"))
     if "class_name" not in sample.facts:
         raise sample.bad("its json names no class")
     return template.replace("{}", str(sample.facts["class_name"]))
@@ -168,9 +166,9 @@ def train_lora(
     """
     start = time.monotonic()
     model = load_model(config.model, device=device, dtype=dtype, tokens=config.tokens)
-    prompts = None if config.tokens is None else class_prompts(model, config.tokens)
+    tokens = TokenPrompts.read(model, config.tokens)
     shots = read_shots(
-        samples, model, lambda s: shot_prompt(s, prompts, model.template),
+        samples, model, lambda s: shot_prompt(s, tokens, model.template),
         flip=config.flip, progress=progress,
     )  # fmt: skip
     parts = {".": shots} if config.per == "dataset" else shots_by_class(shots)

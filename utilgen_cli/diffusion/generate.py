@@ -15,13 +15,13 @@ from ..runtime.device import pick_device, pick_dtype
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample, encode_json, numbered_key
-from .adapters import fuse_adapters
+from .adapters import fuse_adapters, other_adapters
 from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting
 from .ddim import SAMPLERS, initial_noise, sample
 from .guidance import guided_output
 from .load import class_prompts, load_model, quiet_libraries
-from .policy import Policy, load_policy
+from .policy import Policy, load_policy, policy_facts
 from .render import Item, compile_unet, prefer_channels_last, render, tile
 from .tokens import read_index
 from .utilisation import image_flops, matrix_rate
@@ -51,6 +51,10 @@ class GenerateConfig:
         if self.sampler not in SAMPLERS:
             why = f"Use one of {', '.join(SAMPLERS)}."
             raise UsageError(f"--sampler {self.sampler}", "unknown", why)
+        if self.policy is not None and self.prompt is not None:
+            raise UsageError(
+                "--prompt", "a policy has prompts of its own", "Leave one of them out."
+            )
         if self.image_format not in FORMATS:
             why = f"Use one of {', '.join(FORMATS)}."
             raise UsageError(f"--format {self.image_format}", "unknown", why)
@@ -78,10 +82,21 @@ def known_classes(config: GenerateConfig) -> list[str]:
             raise UsageError("--classes", why, "Leave --classes out.")
         return list(known)
     names = config.classes or read_defaults(find_model(config.model)).get("classes")
+    if not names and config.policy is not None:
+        names = policy_facts(config.policy).get("classes")
     if not names:
         why = "its bundle names no classes"
         raise UsageError(f"model {config.model}", why, "Name them with --classes.")
     return list(names)
+
+
+def warnings_of(config: GenerateConfig, init: Path | None = None) -> list[str]:
+    """What a user should know before drawing; `init` is a policy as well."""
+    learnt = [(f"tokens {p}", read_index(p)) for p in [config.tokens] if p is not None]
+    learnt += [(f"policy {p}", policy_facts(p).get("settings", {}))
+               for p in (config.policy, init) if p is not None]  # fmt: skip
+    found = (other_adapters(what, facts, config.adapters) for what, facts in learnt)
+    return [line for line in found if line is not None]
 
 
 class Generator:
@@ -107,6 +122,8 @@ class Generator:
         with quiet_libraries(), torch.no_grad():
             fuse_adapters(self.model)
             self._encode()
+        if self.policy is None:
+            self.model.refuse_cut(self.prompts)
         self._refuse_non_finite()
         prefer_channels_last(self.model)
         if config.compile:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
+from .adapters import learnt_with
 from .class_adapters import acting
 from .datadream import Shots
 from .ddim import initial_noise
@@ -73,12 +74,14 @@ def learn_policy(
     if model.class_adapters is not None:
         why = "has one adapter a class, and ilpo learns the prompts of all classes at once"
         raise UsageError(f"adapter {model.class_adapters.name}", why, "Use lora --per dataset.")
+    # without iterations the members would differ by the jitter that they begin with alone
+    population = config.population if config.search.iterations else 1
     before = 0  # latents that the U-Net saw for the prompts to begin with
     if config.parameters == "tokens":
         prompts: PromptEmbeds | TokenEmbeds = TokenEmbeds(
             model,
             generator.prompts,
-            config.population,
+            population,
             seed,
             generator.config.prompt or model.template,
         )
@@ -88,7 +91,7 @@ def learn_policy(
         begun.check(model, generator.classes, str(config.start))
         prompts = PromptEmbeds.at(begun.prompt_embeds.to(model.device))
     else:
-        prompts = PromptEmbeds(model, generator.prompts, config.population, seed)
+        prompts = PromptEmbeds(model, generator.prompts, population, seed)
     rollout = Rollout(
         model, generator.uncond.detach(), config.sampling_steps, generator.guidance_scale,
         GradSteps.parse(config.grad_steps),
@@ -105,7 +108,8 @@ def learn_policy(
         "unet_latents": before + search.calls.latents, **outcome(search),
     }  # fmt: skip
     begun_at = config.start and str(config.start)
-    settings = {**config.facts(), "start": begun_at, "terms": {t.name: t.weight for t in terms}}
+    settings = {**config.facts(), "start": begun_at, "terms": {t.name: t.weight for t in terms},
+                **learnt_with(generator.config.adapters)}  # fmt: skip
     return Policy(
         embeds,
         generator.classes,

@@ -20,6 +20,7 @@ from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
+from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
 from .finetune import CHECKPOINT, Figures, Watch, finetune
 from .finetune_config import Draw, FinetuneConfig, draw_rows
@@ -29,6 +30,7 @@ from .tokens import INDEX, extend_vocabulary, read_index, save_tokens, token_nam
 
 CAPTIONS = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
 PROBE_DRAWS = 4  # noised copies of an image that the loss before and after is measured on
+PROBE_ROWS = 512  # shots that it looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,10 @@ class TokenObjective:
 
 @torch.no_grad()
 def mean_error(objective: Any, settle: Callable[[Any], Any] = lambda draw: draw) -> float:
-    """The loss of an objective on fixed noise and timesteps, its draws changed by `settle`."""
-    rows = torch.arange(objective.rows).repeat(PROBE_DRAWS)
+    """The loss of an objective on fixed noise and timesteps, its draws changed by `settle`; of
+    PROBE_ROWS shots where there are more."""
+    shots = torch.linspace(0, objective.rows - 1, min(objective.rows, PROBE_ROWS)).round().long()
+    rows = shots.repeat(PROBE_DRAWS)
     draw = settle(objective.draw(len(rows), torch.Generator().manual_seed(0)))
     parts = torch.arange(len(rows)).split(64)
     errors = torch.cat([objective.errors(rows[part], draw.part(part)) for part in parts])
@@ -195,6 +199,7 @@ def invert_tokens(
     )  # fmt: skip
     if world()[0] == 0:
         facts = {
+            **learnt_with(config.adapters),
             "model": config.model, "template": model.template, "images": len(shots.labels),
             "flip": config.flip, "finetune": asdict(config.finetune),
             "loss_before": before, "loss_after": objective.probe(),

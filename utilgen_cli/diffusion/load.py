@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..runtime.errors import UsageError
 from .adapters import add_adapters
-from .bundle import check_fit, find_model, load_component, read_defaults
+from .bundle import check_fit, check_prediction, find_model, load_component, read_defaults
 from .tokens import add_tokens, read_index
 
 if TYPE_CHECKING:
+    from ..shards.sample import Sample
     from .class_adapters import ClassAdapters
 
 TEMPLATE = "a photo of a {}"
@@ -77,6 +78,16 @@ class LatentDiffusion:
             truncation=True, return_tensors="pt",
         )  # fmt: skip
         return encoded.input_ids.to(self.device)
+
+    def refuse_cut(self, prompts: Sequence[str]) -> None:
+        """UsageError where two prompts are the same, since what differs in them is cut off."""
+        first: dict[tuple[int, ...], str] = {}
+        for prompt, ids in zip(prompts, self.token_ids(prompts).tolist(), strict=True):
+            other = first.setdefault(tuple(ids), prompt)
+            longest = self.tokenizer.model_max_length
+            if other != prompt and len(self.tokenizer(prompt).input_ids) > longest:
+                why = f"is the same for two classes within {longest} tokens"
+                raise UsageError(f"prompt {prompt[:40]!r}...", why, "Shorten --prompt.")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [P, L, D], as StableDiffusionPipeline.encode_prompt makes them."""
@@ -148,6 +159,30 @@ def class_prompts(
     return [template.replace("{}", name) for name in names]
 
 
+@dataclass(frozen=True)
+class TokenPrompts:
+    """The prompt of each class with its token, for shards of the classes that the tokens are of."""
+
+    classes: list[str]
+    prompts: list[str]
+
+    @classmethod
+    def read(cls, model: LatentDiffusion, tokens: Path | None) -> TokenPrompts | None:
+        """Those of a directory that `invert` wrote; None without one."""
+        if tokens is None:
+            return None
+        return cls(list(read_index(tokens)["classes"]), class_prompts(model, tokens))
+
+    def of(self, sample: Sample, label: int, name: object) -> str:
+        """The prompt for a class. BadSample: it has no token, or that of another class."""
+        if label >= len(self.classes):
+            raise sample.bad(f"its class {label} has no token")
+        if name is not None and name != self.classes[label]:
+            why = f"class {label} is {name!r}, and the token there is of {self.classes[label]!r}"
+            raise sample.bad(why)
+        return self.prompts[label]
+
+
 def class_names(
     model: LatentDiffusion, tokens: Path | None, classes: Sequence[str] | None = None
 ) -> list[str]:
@@ -179,6 +214,7 @@ def _load_bundle(
     tokenizer = load_component(path, "tokenizer", CLIPTokenizer.from_pretrained)
     scheduler = load_component(path, "scheduler", partial(load_scheduler, DDIMScheduler))
     check_fit(path, unet, text_encoder)
+    check_prediction(path, scheduler)
     bundle = read_defaults(path)
     return LatentDiffusion(
         name=name, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet,

@@ -6,7 +6,9 @@ This room knows no value model: whatever gives a `Verdict` can be handed in.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -55,12 +57,14 @@ def make_objective(name: str, judge: Judge, clip_score: Objective | None) -> Obj
 
 
 def imported(name: str) -> Objective:
-    """The callable MODULE:FUNCTION."""
+    """The callable MODULE:FUNCTION; modules of the working directory are found as well."""
     module, _, function = name.partition(":")
     advice = f"Use {', '.join(BUILT_IN)} or MODULE:FUNCTION."
     if not function:
         raise UsageError(f"--objective {name}", "unknown objective", advice)
     try:
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--objective {name}", str(error), advice) from None

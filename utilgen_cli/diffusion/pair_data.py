@@ -26,7 +26,7 @@ from ..shards.scores import UTILITY, utility_of
 from .latents import LatentCache, index_prompts
 
 if TYPE_CHECKING:
-    from .load import LatentDiffusion
+    from .load import LatentDiffusion, TokenPrompts
 
 CLASS_TOKEN = re.compile(r"<utilgen-\d{4}(_\d+)?>")
 MAX_HELD_OUT = 128
@@ -94,18 +94,15 @@ def _parse_pickapic(sample: Sample) -> Judged:
     return Judged((first, second), None, caption, None)
 
 
-def prompt_of(judged: Judged, class_prompts: list[str] | None, template: str) -> str:
+def prompt_of(judged: Judged, tokens: TokenPrompts | None, template: str) -> str:
     """The class token's prompt where tokens are given, else the images' own, else the class name's.
 
     BadInput: its prompt has a class token and none are given (it would mean nothing to the model),
     its class has no token, or there is nothing to say.
     """
     key = judged.images[0].key
-    if class_prompts is not None and judged.label is not None:
-        if judged.label >= len(class_prompts):
-            why = f"its class {judged.label} has no token"
-            raise BadInput(key, why, "Invert the same classes.")
-        return class_prompts[judged.label]
+    if tokens is not None and judged.label is not None:
+        return tokens.of(judged.images[0], judged.label, judged.class_name)
     if judged.prompt:
         if token := CLASS_TOKEN.search(judged.prompt):
             why = f"its prompt has the class token {token[0]}, and no tokens are given"

@@ -94,6 +94,15 @@ class Policy:
         write_json(directory / FACTS, facts)
 
 
+def policy_facts(path: Path) -> dict[str, Any]:
+    """What policy.json says, unchecked: nothing where it is missing or none."""
+    try:
+        found = json.loads((path / FACTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_policy(path: Path | str) -> Policy:
     """Read what `Policy.save` wrote. NoInput if it is not there, BadInput if it is not a policy."""
     path = Path(path)

@@ -53,6 +53,8 @@ def diffusion_target(prediction_type: str, x0: Tensor, noise: Tensor, alpha_bar:
     """
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == "sample":
+        return x0
     if prediction_type == "v_prediction":
         return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
     raise ValueError(f"prediction type {prediction_type!r} cannot be trained")

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .class_adapters import class_folders
 from .finetune import CHECKPOINT, FinetuneResult, finetune
 from .finetune_config import FinetuneConfig
 from .latents import embed_prompts
-from .load import LatentDiffusion, class_prompts, load_model, quiet_libraries
+from .load import LatentDiffusion, TokenPrompts, load_model, quiet_libraries
 from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
 from .pair_data import Preferences, parse_desirable, prompt_of, read_preferences
 from .preference import Denoisers, PreferenceObjective, full_denoisers, lora_denoisers
@@ -94,13 +94,15 @@ def train_preference(
     model = load_model(
         config.model, device=device, dtype=dtype, tokens=config.tokens, adapters=init
     )
-    prompts = None if config.tokens is None else class_prompts(model, config.tokens)
+    tokens = TokenPrompts.read(model, config.tokens)
     pairs = read_preferences(
-        samples, model, lambda judged: prompt_of(judged, prompts, model.template),
+        samples, model, lambda judged: prompt_of(judged, tokens, model.template),
         loss=config.loss, desirable=config.desirable, flip=config.flip, progress=progress,
     )  # fmt: skip
     text_encoder = lora_of_text_encoder(model, config)
     objective = make_objective(model, pairs, config)
+    if init and not config.full:
+        config = replace(config, rank=model.unet.peft_config[adapter_name(config)].r)
     result = finetune(
         objective, config.finetune, checkpoint=out / CHECKPOINT,
         fingerprint=pairs.fingerprint, description="dpo", progress=progress,

@@ -22,6 +22,7 @@ from ..runtime.errors import UsageError
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
+from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
 from .finetune import CHECKPOINT, Figures, Watch, finetune
 from .finetune_config import Draw, draw_rows
@@ -113,7 +114,8 @@ def invert_prompts(
     found = {"classes": names, "population": config.population, **summary}
     if world()[0] == 0:
         theta = prompts.theta.detach().cpu()
-        settings = {**asdict(config), "adapters": [str(path) for path in config.adapters]}
+        settings = {**asdict(config), "adapters": [str(path) for path in config.adapters],
+                    **learnt_with(config.adapters)}  # fmt: skip
         Policy(theta, names, texts, NoiseConfig("none"), settings, [], summary).save(out)
         write_json(out / DONE, found)
         remove_checkpoint(out / CHECKPOINT)

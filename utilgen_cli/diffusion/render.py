@@ -152,7 +152,7 @@ def to_host(images: Tensor) -> Callable[[], np.ndarray]:
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     host.copy_(images, non_blocking=True)
     done: Event = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(images.device))
 
     def wait() -> np.ndarray:
         done.synchronize()

@@ -59,13 +59,16 @@ def coverage(
     return term
 
 
-def class_gradients(
-    model: nn.Module, images_cn: Tensor, labels_c: Tensor, at_once: int | None = None
-) -> dict[str, Tensor]:
+def _shot_gradients(model: nn.Module, shots: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`class_gradients` of shots [N, 3, H, W], class by class: they may differ in number."""
+    each = [class_gradients(model, shots[labels == c][None], c[None]) for c in labels.unique()]
+    return {name: torch.cat([g[name] for g in each]) for name in each[0]}
+
+
+def class_gradients(model: nn.Module, images_cn: Tensor, labels_c: Tensor) -> dict[str, Tensor]:
     """Per class the gradient of the mean loss of [C, n, 3, H, W] images: name -> [C, ...].
 
-    The classifier is in eval mode; differentiable with respect to the images. Of `at_once` classes
-    the graph is held (of all without).
+    The classifier is in eval mode; differentiable with respect to the images.
     """
     parameters = {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
     buffers = dict(model.named_buffers())
@@ -74,8 +77,7 @@ def class_gradients(
         logits = functional_call(model, (p, buffers), (x,))
         return F.cross_entropy(logits, y.expand(len(x)))
 
-    each = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=at_once)
-    return each(parameters, images_cn, labels_c)
+    return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images_cn, labels_c)
 
 
 def gradient_match(snapshots: Sequence[nn.Module], shots: Tensor, shot_labels: Tensor) -> SetTerm:
@@ -86,9 +88,9 @@ def gradient_match(snapshots: Sequence[nn.Module], shots: Tensor, shot_labels: T
     """
     for snapshot in snapshots:
         snapshot.eval().requires_grad_(True)
+    classes = shot_labels.unique()
     with torch.no_grad():
-        grouped, classes = by_class(shots, shot_labels)
-        real = [class_gradients(s, grouped, classes, 1) for s in snapshots]
+        real = [_shot_gradients(s, shots, shot_labels) for s in snapshots]
 
     def term(images: Tensor, labels: Tensor) -> Tensor:
         own, present = by_class(images, labels)

@@ -26,6 +26,8 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":  # pinned memory and events would go to the first GPU
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}", reason, "Name cpu, cuda, cuda:1 or mps.") from None
