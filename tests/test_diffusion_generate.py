@@ -100,6 +100,7 @@ def test_a_compiled_unet_draws_the_same_pictures_and_is_compiled_once(
 ) -> None:
     """Traced and differentiated as always, but its kernels are not built: that takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()  # else a graph of another test's U-Net serves
     counters.clear()
     generator = Generator(GenerateConfig(str(bundle), seed=7, compile=True), **CPU)
     assert counters["stats"]["unique_graphs"] == 1  # before anything is drawn, or learnt
