@@ -150,6 +150,9 @@ def test_sets_without_names_take_those_of_the_others(inputs: Inputs, tmp_path: P
     found = compare_arms(replace(inputs, real=unnamed), replace(PROTOCOL, seeds=1))
     assert found is not None
     assert [row["class"] for row in found.summary["arms"][0]["per_class"]] == NAMES
+    of_test = replace(inputs, real=unnamed, validation=None, synthetic={"same": unnamed})
+    found = compare_arms(of_test, replace(PROTOCOL, seeds=1))
+    assert found is not None and found.summary["classes"] == NAMES
 
 
 @pytest.mark.parametrize("lone", ["--val", "good"])
@@ -173,6 +176,10 @@ def test_what_would_be_other_than_it_says_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=line):
         compare_arms(inputs, replace(PROTOCOL, config=replace(PROTOCOL.config, **config)))
+    if "real_share" in config:  # where nothing is joined, nothing is left out
+        alone = replace(inputs, synthetic={})
+        protocol = replace(PROTOCOL, seeds=1, config=replace(PROTOCOL.config, **config))
+        assert compare_arms(alone, protocol) is not None
 
 
 def test_two_arms_of_one_name_are_refused(inputs: Inputs) -> None:
@@ -294,7 +301,9 @@ def test_a_stopped_comparison_without_a_directory_says_that_nothing_is_kept(
     assert caught.value.exit_code == 1
 
 
-def test_the_cost_of_a_set_is_that_of_all_its_stages(tmp_path: Path) -> None:
+def test_the_cost_of_a_set_is_that_of_all_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = shards_of(tmp_path / "drawn", colour_images(2))
     scored = shards_of(tmp_path / "scored", colour_images(2))
     for name, source, seconds in (("generate", drawn, 30), ("value score", scored, 6)):
@@ -310,6 +319,9 @@ def test_the_cost_of_a_set_is_that_of_all_its_stages(tmp_path: Path) -> None:
     assert (cost["seconds"], cost["images"], cost["price"]) == (36, 6, 1.0)
     settings = {"command": "value score", "input": ["drawn/00000.tar"], "made in": str(tmp_path)}
     write_json(tmp_path / "scored" / "settings.json", settings)  # wherever `eval` is called
+    assert generation_cost(scored.shards(), price_per_hour=100) == cost
+    monkeypatch.chdir(tmp_path)  # a project that was moved, and is called from where it was
+    write_json(tmp_path / "scored" / "settings.json", settings | {"made in": "/nowhere"})
     assert generation_cost(scored.shards(), price_per_hour=100) == cost
     (tmp_path / "drawn" / "00000_stats.json").unlink()
     assert generation_cost(drawn.shards()) == {

@@ -17,6 +17,7 @@ from utilgen_cli.classification import data as data_module
 from utilgen_cli.classification.data import (
     agree,
     augment,
+    concatenate,
     distort,
     load_images,
     shuffled_batches,
@@ -46,6 +47,19 @@ def test_large_sets_in_a_mapped_file_equal_those_in_memory(
     mapped = load_images(source, 16)
     assert torch.equal(mapped.images, data.images)
     assert torch.equal(mapped.subset([3, 1]).images, data.images[[3, 1]])
+
+
+def test_cut_and_joined_sets_in_a_mapped_file_equal_those_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = colour_images(50), colour_images(40, seed=1)
+    index = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:130]
+    plain = (one.subset(index), concatenate([one, other]))
+    monkeypatch.setattr(data_module, "IN_MEMORY", 1)
+    for here, there in zip(plain, (one.subset(index), concatenate([one, other])), strict=True):
+        assert torch.equal(here.images, there.images) and torch.equal(here.labels, there.labels)
+        assert here.keys == there.keys
+    assert torch.equal(plain[0].images, one.images[index])
 
 
 def test_labels_and_names_must_be_those_of_the_task(tmp_path: Path) -> None:

@@ -162,6 +162,23 @@ def test_a_bundle_that_names_no_classes_takes_those_that_were_learnt(
     assert done.returncode == 2 and b"--prompt: a policy has prompts of its own" in done.stderr
 
 
+def test_a_value_model_without_names_fits_any_and_gives_none(
+    bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench)
+    facts = json.loads(Path("value/value.json").read_text())
+    facts |= {"classes": ["0", "1", "2"], "unnamed": [0, 1, 2]}
+    Path("value/value.json").write_text(json.dumps(facts))
+    options: dict[str, Any] = {"model": "bundle", "clip": "clip", "quiet": True, "smoke": True}
+    ilpo(**options, output="best")
+    assert (bench / "best/00000.tar").exists()
+    bundle = json.loads(Path("bundle/utilgen.json").read_text())
+    del bundle["classes"]
+    Path("bundle/utilgen.json").write_text(json.dumps(bundle))
+    with pytest.raises(UsageError, match="names no classes"):
+        ilpo(**options, output="none")
+
+
 def test_an_objective_of_ones_own_lies_where_the_command_is_called(
     bench: Path, commands: Path
 ) -> None:
@@ -190,6 +207,7 @@ def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> No
         ({"noise": "loud"}, UsageError, "zigzag"),
         ({"parameters": "words"}, UsageError, "tokens"),
         ({"init": Path("prompts"), "tokens": Path("tokens")}, UsageError, "Leave one of them out"),
+        ({"init": Path("prompts"), "population": 2}, UsageError, "Leave one of them out"),
         ({"anchor_weight": 1.0}, UsageError, "--real"),
         ({"objective": "beauty"}, UsageError, "MODULE:FUNCTION"),
         ({"value": Path("nowhere")}, NoInput, "value train"),
@@ -270,15 +288,23 @@ def test_other_adapters_than_prompts_and_tokens_were_learnt_with_are_told(
     utilgen(*learnt, "tokens")
     for kind, name in (("policy", "prompts"), ("tokens", "tokens")):
         drawn = ["generate", f"--{kind}", name, *model]
-        line = f"warning: {kind} {name} was learnt with lora, and is drawn with none"
+        line = f"warning: {kind} {name} was learnt with ['lora'], and is drawn with []"
         assert line in utilgen(*drawn, f"{name}-without").stderr.decode()
         assert b"warning" not in utilgen(*drawn, f"{name}-with", "--adapter", "lora").stderr
     begun = ["ilpo", "--clip", "clip", "--init", "prompts", "--iterations", 0, *model]
-    assert b"policy prompts was learnt with lora" in utilgen(*begun, "a").stderr
+    assert b"policy prompts was learnt with ['lora']" in utilgen(*begun, "a").stderr
     utilgen(*begun, "b", "--adapter", "lora", "--save-policy", "kept")
     kept = ["generate", "--policy", "kept", *model]
     assert b"warning" not in utilgen(*kept, "c", "--adapter", "lora").stderr
-    assert b"policy kept was learnt with lora" in utilgen(*kept, "d").stderr
+    assert b"policy kept was learnt with ['lora']" in utilgen(*kept, "d").stderr
+    utilgen("lora", "real.tar", *model, "lora", "--seed", 1, "--overwrite")
+    changed = utilgen(*kept, "e", "--adapter", "lora").stderr
+    assert b"['lora'] changed since policy kept was learnt with it" in changed
+    utilgen(
+        "invert", "real.tar", *model, "plain"
+    )  # what came after the tokens may be drawn with them
+    drawn = utilgen("generate", "--tokens", "plain", "--adapter", "lora", *model, "f")
+    assert b"warning" not in drawn.stderr
 
 
 def test_an_anchor_holds_the_prompts_to_the_real_shots(utilgen: Run, bench: Path) -> None:

@@ -174,6 +174,27 @@ def test_coverage_prefers_images_near_all_real_shots() -> None:
     assert both > one
 
 
+def test_many_shots_are_looked_at_in_parts_and_count_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = load_clip(str(make_clip(tmp_path / "clip")))
+    x, y, shots, labels = (
+        images(4),
+        torch.tensor([0, 1, 0, 1]),
+        images(7, seed=1),
+        torch.arange(7) % 2,
+    )
+
+    def scores() -> list[torch.Tensor]:
+        return [coverage(flat, shots, labels)(x, y), image_image_score(clip, shots, labels)(x, y)]
+
+    whole = scores()
+    for module in ("clip", "set_terms"):
+        monkeypatch.setattr(f"utilgen_cli.diffusion.{module}.AT_ONCE", 2)
+    for one, other in zip(whole, scores(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_gradient_match_equals_plain_autograd() -> None:
     """Per class and weight the cosine of two gradients, each from its own backward pass."""
     net = build_classifier("small-cnn", 3, 16).eval()

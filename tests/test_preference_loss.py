@@ -27,6 +27,7 @@ from utilgen_cli.diffusion.preference_loss import (
     beta_from_paper,
     beta_from_public,
     beta_to_public,
+    diffusion_target,
     dpo_loss,
     ipo_loss,
     kto_loss,
@@ -37,6 +38,11 @@ from .random_bundle import make_bundle
 
 BETA = 40.0
 ROWS = torch.tensor([2, 0, 1])
+
+
+def test_a_model_that_predicts_the_image_is_to_say_the_image() -> None:
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(diffusion_target("sample", x0, noise, torch.full((2, 1, 1, 1), 0.5)), x0)
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])

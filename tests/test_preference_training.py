@@ -246,6 +246,7 @@ def test_rounds_begin_where_the_last_one_ended(bundle: str, tmp_path: Path) -> N
     run_dpo(bundle, tmp_path / "one", count=12, rank=3)
     still = replace(QUICK, steps=1, learning_rate=1e-12)
     base = run_dpo(bundle, tmp_path / "base", still, init=tmp_path / "one")
+    assert base["rank"] == 3
     last = run_dpo(bundle, tmp_path / "last", still, init=tmp_path / "one", reference="previous")
     assert base["before"]["drift"] > 0  # away from the base, where the first round left it
     assert last["before"]["drift"] == 0 and last["before"]["accuracy"] == 0.5

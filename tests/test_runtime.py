@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from utilgen_cli.runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from utilgen_cli.runtime.device import pick_device
 from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.seeds import sample_generator
@@ -252,6 +254,33 @@ main()"""
     assert done.returncode == 75, done.stderr
     assert done.stdout.endswith(b".pixels\n")
     assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "taken"),
+    [(None, {}, "cuda:0"), ("cuda", {}, "cuda:0"), ("cuda:1", {}, "cuda:1"),
+     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:1")],
+)  # fmt: skip
+def test_the_gpu_that_is_worked_on_is_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, environment: dict[str, str], taken: str
+) -> None:
+    """As torch would take it: a device without a number is none to set."""
+    known: list[torch.device] = []
+
+    def empty(*_: object, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device("cuda", device.index or 0))
+
+    def set_device(device: torch.device) -> None:
+        assert device.index is not None
+        known.append(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    device = pick_device(name)
+    assert device.type == "cuda" and [str(d) for d in known] == [taken]
 
 
 def test_an_error_is_one_terminal_safe_line() -> None:

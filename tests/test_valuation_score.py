@@ -15,7 +15,7 @@ from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.valuation.neighbours import Memory
 from utilgen_cli.valuation.score import Scorer, score_samples
 from utilgen_cli.valuation.select import pick_diverse, shares
-from utilgen_cli.valuation.subset import Aside, select_samples
+from utilgen_cli.valuation.subset import Aside, Waiting, select_samples
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import ValueModel
@@ -214,6 +214,17 @@ def test_select_is_even_over_classes_and_keeps_the_order(value):
     assert sorted(s.label for s in picked) == [0, 0, 1, 1, 2, 2]
     keys = [s.key for s in samples]
     assert [s.key for s in picked] == sorted((s.key for s in picked), key=keys.index)
+
+
+def test_what_waits_comes_back_whole_and_in_any_order():
+    samples = [
+        s.with_member("note.txt", b"\x00" * n) for n, s in enumerate(as_samples(colours(2, 7)))
+    ]
+    with Waiting() as waiting:
+        places = [waiting.put(sample) for sample in samples]
+        for sample, place in reversed(list(zip(samples, places, strict=True))):
+            found = waiting.get(place)
+            assert (found.key, found.members) == (sample.key, sample.members)
 
 
 def test_select_looks_at_four_candidates_for_each_that_it_picks(value, monkeypatch):

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.valuation_toys import CLASSES, colours
+from tests.valuation_toys import CLASSES, as_samples, colours, write_shards
+from utilgen_cli.classification.data import load_images
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
+from utilgen_cli.shards.operands import open_source
+from utilgen_cli.shards.writer import write_shard
 from utilgen_cli.valuation.canary import auroc, verdict
+from utilgen_cli.valuation.inputs import load_value_data
 from utilgen_cli.valuation.pool import (
     PLANTED,
     REAL,
@@ -24,6 +28,7 @@ from utilgen_cli.valuation.pool import (
     make_pool,
     pixel_hash,
 )
+from utilgen_cli.valuation.score import score_samples
 from utilgen_cli.valuation.todv import Trajectory, ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
@@ -220,6 +225,37 @@ def test_planted_labels_are_in_no_batch_more_often_than_in_the_pool(generated):
     expected = share * (pool.roles[other] == PLANTED).double().mean().item()
     assert planted == pytest.approx(expected, rel=0.3)
     assert (share < 0.25) == (generated < 40)
+
+
+def test_a_short_run_is_looked_at_before_its_last_snapshot():
+    assert [replace(CONFIG, steps=s, refresh=20).look_every() for s in (400, 80, 20, 10, 3)] == [
+        20, 20, 5, 2, 1,
+    ]  # fmt: skip
+
+
+def test_images_are_read_no_smaller_than_the_classifier_takes_them(tmp_path):
+    data = colours(2, 1)
+    small = replace(data, images=data.images[:, :, :4, :4])
+    real = [str(write_shards(tmp_path / "real", small))]
+    assert load_value_data(real, [], [], "small-cnn").real.images.shape[-1] == 8
+
+
+def test_real_images_without_names_take_those_of_the_others(tmp_path):
+    samples = as_samples(colours(2, 1))
+    for sample in samples:
+        del sample.members["json"]
+    (tmp_path / "real").mkdir()
+    write_shard(tmp_path / "real" / "00000.tar", samples)
+    real = [str(tmp_path / "real")]
+    synthetic = [str(write_shards(tmp_path / "synthetic", colours(2, 2)))]
+    found = load_value_data(real, synthetic, [], "small-cnn", 16)
+    assert found.real.classes == CLASSES and not found.real.unnamed
+    alone = load_value_data(real, [], [], "small-cnn", 16)
+    value = train_values(alone, replace(CONFIG, steps=10), tmp_path / "value")
+    assert value.classes == ["0", "1", "2"] and value.unnamed == {0, 1, 2}
+    named = as_samples(colours(1, 3))
+    assert len(list(score_samples(named, value))) == 3
+    assert load_images(open_source(synthetic), 16, value).classes == CLASSES
 
 
 def test_more_folds_than_images_are_refused(tmp_path):

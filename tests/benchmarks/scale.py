@@ -109,8 +109,8 @@ def over_classes(work: Path, images: int = 1000) -> Iterator[Row]:
 
 
 def over_processes(work: Path, images: int = 1000) -> Iterator[Row]:
-    """The same images by one process and by two that share the shards."""
-    for n in (1, 2):
+    """The same images by one process and by several that share the shards."""
+    for n in (1, 2, 4):
         command = ("generate", "-m", "tiny", "--per-class", images // 10, "--steps", 10,
                    "--shard-size", 20, "--part", "{part}")  # fmt: skip
         yield Row("generate, processes", n, *run(*command, "-o", work / f"ranks-{n}", workers=n))

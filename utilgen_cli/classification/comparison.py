@@ -126,12 +126,14 @@ def _compare(
     load = partial(load_images, size=side, like=real, progress=progress)
     validation = load(inputs.validation) if inputs.validation else None
     synthetic = {name: load(source) for name, source in inputs.synthetic.items()}
-    agree([data for data in (real, validation, *synthetic.values()) if data is not None])
+    loaded = [data for data in (real, validation, *synthetic.values()) if data is not None]
+    agree(loaded)
+    agree(loaded, check_labels(inputs.test, real))
     _check_protocol(protocol, validation, team)
+    if synthetic:
+        _check_share(protocol.config)
     if validation is not None:
         _check_sizes({"--val": validation, **synthetic})
-    if team.rank == 0:
-        check_labels(inputs.test, real)
     as_train = validation if protocol.validation_as_train else None
     arms = build_arms(real, synthetic, as_train, protocol.times)
     _check_baseline(protocol.baseline, arms)
@@ -202,12 +204,6 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
             f"--batch-size {protocol.config.batch_size}", f"too few for {team.size} processes",
             f"Use at least {2 * team.size}, or leave out --data-parallel.",
         )  # fmt: skip
-    share, size = protocol.config.real_share, protocol.config.batch_size
-    if 0 < share < 1 and round(share * size) in (0, size):
-        raise UsageError(
-            f"--real-share {share:g}", f"leaves one side out of batches of {size}",
-            "Use larger batches, or another share.",
-        )  # fmt: skip
     if protocol.config.validate_every > protocol.config.steps:
         raise UsageError(
             f"--validate-every {protocol.config.validate_every}",
@@ -222,6 +218,15 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
         )  # fmt: skip
     if protocol.validation_as_train and validation is None:
         raise UsageError("--val-as-train", "needs --val", "Name the validation shards.")
+
+
+def _check_share(config: TrainConfig) -> None:
+    share, size = config.real_share, config.batch_size
+    if 0 < share < 1 and round(share * size) in (0, size):
+        raise UsageError(
+            f"--real-share {share:g}", f"leaves one side out of batches of {size}",
+            "Use larger batches, or another share.",
+        )  # fmt: skip
 
 
 def _check_sizes(sets: Mapping[str, LabelledImages]) -> None:

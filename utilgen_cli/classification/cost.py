@@ -28,8 +28,10 @@ def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:
         stages.append({"command": str(settings.get("command", "unknown")), "seconds": seconds,
                        "images": images})  # fmt: skip
         before = settings.get("input") or []
+        names = [Path(str(p)) for p in (before if isinstance(before, list) else [before])]
         base = Path(str(settings.get(MADE_IN, "")))
-        shards = [base / str(p) for p in (before if isinstance(before, list) else [before])]
+        moved = any(not (base / name).exists() for name in names)
+        shards = names if moved else [base / name for name in names]
     return stages
 
 

@@ -6,9 +6,10 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 AT_ONCE = 64  # images that are decoded together
 SAME = "All shards of a task need the same classes."
 IN_MEMORY = 1 << 30  # bytes of pixels; beyond it they live in an unlinked temporary file
+
+
+class Named(Protocol):
+    """What knows classes by their number; `unnamed` ones stand in `classes` by it."""
+
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def unnamed(self) -> frozenset[int]: ...
 
 
 @dataclass
@@ -67,9 +77,10 @@ def concatenate(sets: Sequence[LabelledImages]) -> LabelledImages:
     )
 
 
-def agree(sets: Sequence[LabelledImages]) -> None:
-    """Give the classes of all sets the names that any of them knows. BadInput: one has two."""
-    names: dict[int, str] = {}
+def agree(sets: Sequence[LabelledImages], known: Mapping[int, str] = MappingProxyType({})) -> None:
+    """Give the classes of all sets the names that any of them knows, or `known`. BadInput: one has
+    two."""
+    names = dict(known)
     for data in sets:
         for label in sorted(set(range(len(data.classes))) - data.unnamed):
             name = data.classes[label]
@@ -86,7 +97,7 @@ def _all_names(names: dict[int, str], count: int) -> tuple[list[str], frozenset[
 def load_images(
     source: Source,
     size: int,
-    like: LabelledImages | Sequence[str] | None = None,
+    like: Named | Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> LabelledImages:
     """Read every sample of `source`, its image resized to [3, size, size].
@@ -119,8 +130,9 @@ def load_images(
     )
 
 
-def check_labels(source: Source, like: LabelledImages) -> None:
-    """What `load_images` says of labels and names, without a look at any pixel."""
+def check_labels(source: Source, like: Named) -> dict[int, str]:
+    """What `load_images` says of labels and names, without a look at any pixel; the names of all
+    classes that have one."""
     names, count = _known(like)
     seen = 0
     for sample in source.samples():
@@ -128,16 +140,17 @@ def check_labels(source: Source, like: LabelledImages) -> None:
         seen += 1
     if not seen:
         raise _empty(source)
+    return names
 
 
-def _known(like: LabelledImages | Sequence[str] | None) -> tuple[dict[int, str], int | None]:
+def _known(like: Named | Sequence[str] | None) -> tuple[dict[int, str], int | None]:
     """The names of classes by their number, and how many classes there are if that is settled."""
     if like is None:
         return {}, None
-    if isinstance(like, LabelledImages):
-        names = {i: name for i, name in enumerate(like.classes) if i not in like.unnamed}
-        return names, len(like.classes)
-    return dict(enumerate(like)), len(like)
+    if isinstance(like, Sequence):
+        return dict(enumerate(like)), len(like)
+    names = {i: name for i, name in enumerate(like.classes) if i not in like.unnamed}
+    return names, len(like.classes)
 
 
 def _empty(source: Source) -> NoInput:

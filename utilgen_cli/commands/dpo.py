@@ -26,6 +26,7 @@ Beta = Annotated[
     typer.Option(help="Strength of the tie to the reference, a factor of squared errors: as in "
                  "diffusers' script, half of --beta_dpo in the authors' (5000 is 2500 here)."),
 ]  # fmt: skip
+Rank = Annotated[int | None, typer.Option(min=1, help="Of LoRA. Default: 16, or that of --init.")]
 Full = Annotated[
     bool,
     typer.Option("--full", help="Train the whole U-Net: costs a frozen second copy of it and "
@@ -43,7 +44,7 @@ def dpo(
     loss: Loss = "dpo",
     beta: Beta = 2500.0,
     desirable: Desirable = "quantile:0.25",
-    rank: t.Rank = 16,
+    rank: Rank = None,
     full: Full = False,
     steps: t.Steps = 200,
     learning_rate: t.LearningRate = 1e-3,
@@ -74,16 +75,20 @@ def dpo(
     """
     from ..diffusion.finetune_config import FinetuneConfig
     from ..diffusion.preference_run import DONE, PreferenceConfig, outcome, train_preference
+    from ..runtime.errors import UsageError
     from ..shards.quarantine import check_any
 
+    if init is not None and rank is not None:
+        raise UsageError("--rank", "--init has one of its own", "Leave one of them out.")
     finetune = FinetuneConfig(
         steps, batch_size, learning_rate, schedule, warmup, gradient_accumulation=accumulation,
         ema=ema, optimizer=optimizer, seed=seed,
     )  # fmt: skip
     summary = t.train_command(
         "dpo", train_preference, DONE,
-        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, desirable, rank,
-                                      full, flip, checkpointing, t.smoked(finetune, smoke)),
+        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, desirable,
+                                      rank or 16, full, flip, checkpointing,
+                                      t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
         overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error, check_any),
     )  # fmt: skip

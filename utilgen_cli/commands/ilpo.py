@@ -23,7 +23,7 @@ def ilpo(
     clip_image_weight: i.ClipImageWeight = 0.0,
     anchor_weight: i.AnchorWeight = 0.0,
     parameters: i.Parameters = "embeds",
-    population: i.Population = 4,
+    population: i.Population = None,
     init: i.Init = None,
     iterations: i.Iterations = 40,
     images: i.Images = 1,
@@ -69,7 +69,6 @@ def ilpo(
     from ..diffusion.generate import GenerateConfig, known_classes, model_named, warnings_of
     from ..diffusion.instance import InstanceConfig
     from ..diffusion.noise import NoiseConfig
-    from ..diffusion.policy import policy_facts
     from ..diffusion.prompt_search import SearchConfig
     from ..runtime.errors import UsageError
     from ..runtime.progress import reporter
@@ -77,12 +76,12 @@ def ilpo(
     from .quarantining import quarantine_of, tell
 
     if smoke:
-        per_class, steps, iterations, population = min(per_class, 2), 4, min(iterations, 2), 1
+        per_class, steps, iterations = min(per_class, 2), 4, min(iterations, 2)
         search_steps = min(search_steps, 2)
-    if init is not None:
-        if tokens is not None:
-            raise UsageError("--tokens", "--init has prompts of its own", "Leave one of them out.")
-        population = policy_facts(init).get("population", population)
+    for option, given in (("--tokens", tokens), ("--population", population)):
+        if init is not None and given is not None:
+            raise UsageError(option, "--init has prompts of its own", "Leave one of them out.")
+    members = 1 if smoke else population or 4
     name = model_named(model, tokens)
     config = GenerateConfig(
         name, seed, tokens, tuple(adapter or ()), None,
@@ -93,7 +92,7 @@ def ilpo(
         iterations, images, rate, max_fidelity_drop=max_fidelity_drop, chunk=chunk, seed=seed
     )
     instance = InstanceConfig(
-        parameters, population, grad_steps, search_steps, anchor_weight, init,
+        parameters, members, grad_steps, search_steps, anchor_weight, init,
         search,
         NoiseConfig(noise, omega_l, omega_w, refine),
     )  # fmt: skip

@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 Objective = Annotated[
-    str, typer.Option(help="utility, loss or entropy (GAP's), clip, or MODULE:FUNCTION.")
+    str,
+    typer.Option(
+        help="utility, loss or entropy (GAP's), clip, or MODULE:FUNCTION (images of some classes, "
+        "their labels -> a score each)."
+    ),
 ]
 Real = Annotated[
     Path | None,
@@ -40,7 +44,9 @@ Parameters = Annotated[
     str,
     typer.Option(help="embeds (the encoded prompt), or tokens (the class's, before encoding)."),
 ]
-Population = Annotated[int, typer.Option(min=1, help="Prompts a class.")]
+Population = Annotated[
+    int | None, typer.Option(min=1, help="Prompts a class. Default: 4, or those of --init.")
+]
 Init = Annotated[
     Path | None,
     typer.Option(

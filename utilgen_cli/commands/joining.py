@@ -70,7 +70,7 @@ class Terms:
         model, self.quarantine = generator.model, quarantine
         self.aim, self.device, self.classes = aim, model.device, generator.classes
         value = load_value(aim.value, self.device)
-        if value.classes != generator.classes:
+        if not same_classes(value, generator.classes):
             raise BadInput(str(aim.value), "was trained for other classes than the generator's",
                            f"It knows {', '.join(value.classes)}.")  # fmt: skip
         self.climbed, self.judging = split_folds(value)
@@ -130,7 +130,15 @@ def classes_to_draw(
     """`--classes`; those of the value model where neither the bundle nor tokens name any."""
     if given or tokens is not None or read_defaults(find_model(model)).get("classes"):
         return parse_classes(given)
-    return tuple(read_facts(value)["classes"])
+    facts = read_facts(value)
+    return None if facts.get("unnamed") else tuple(facts["classes"])
+
+
+def same_classes(value: ValueModel, classes: Sequence[str]) -> bool:
+    """True if the value model was trained for these classes, as far as it knows their names."""
+    own = [name if i in value.unnamed else mine
+           for i, (mine, name) in enumerate(zip(value.classes, classes, strict=False))]  # fmt: skip
+    return len(value.classes) == len(classes) and own == list(classes)
 
 
 def split_folds(value: ValueModel) -> tuple[ValueModel, ValueModel]:

@@ -169,9 +169,11 @@ def value_of_set(scorer: Scorer, aside: Any, request: ScoreRequest) -> dict[str,
     from ..classification.data import concatenate, load_images
     from ..valuation.lookahead import lookahead
 
-    classes, size = scorer.value.classes, scorer.value.size
+    size = scorer.value.size
     real, val = (
-        concatenate([load_images(open_source([n], request.aside), size, classes) for n in names])
+        concatenate(
+            [load_images(open_source([n], request.aside), size, scorer.value) for n in names]
+        )
         for names in (request.real, request.val)
     )
     found = lookahead(scorer.value, real, aside.images(), val, progress=scorer.progress)

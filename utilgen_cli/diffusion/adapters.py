@@ -24,13 +24,15 @@ def learnt_with(adapters: Sequence[Path]) -> dict[str, Any]:
     return {LEARNT_WITH: {"adapters": [str(a) for a in adapters], "contents": contents(adapters)}}
 
 
-def other_adapters(what: str, facts: dict[str, Any], adapters: Sequence[Path]) -> str | None:
-    """A warning where what was learnt with some adapters is to be drawn with others."""
-    before = facts.get(LEARNT_WITH)
-    if not isinstance(before, dict) or before.get("contents") == contents(adapters):
+def other_adapters(what: str, facts: object, adapters: Sequence[Path]) -> str | None:
+    """A warning where what was learnt with some adapters is to be drawn without these. (What was
+    learnt with none may well be drawn with those that came after it.)"""
+    before = facts.get(LEARNT_WITH) if isinstance(facts, dict) else None
+    if not isinstance(before, dict) or before.get("contents") in (None, contents(adapters)):
         return None
-    named = ", ".join(before.get("adapters", [])) or "no adapter"
-    now = ", ".join(map(str, adapters)) or "none"
+    named, now = str(before.get("adapters")), str([str(a) for a in adapters])
+    if named == now:
+        return f"warning: {now} changed since {what} was learnt with it"
     return f"warning: {what} was learnt with {named}, and is drawn with {now}"
 
 

@@ -87,7 +87,9 @@ class LatentDiffusion:
             longest = self.tokenizer.model_max_length
             if other != prompt and len(self.tokenizer(prompt).input_ids) > longest:
                 why = f"is the same for two classes within {longest} tokens"
-                raise UsageError(f"prompt {prompt[:40]!r}...", why, "Shorten --prompt.")
+                raise UsageError(
+                    f"prompt {prompt[:40]!r}...", why, "Shorten --prompt, or the names."
+                )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [P, L, D], as StableDiffusionPipeline.encode_prompt makes them."""
@@ -174,10 +176,11 @@ class TokenPrompts:
         return cls(list(read_index(tokens)["classes"]), class_prompts(model, tokens))
 
     def of(self, sample: Sample, label: int, name: object) -> str:
-        """The prompt for a class. BadSample: it has no token, or that of another class."""
+        """The prompt for a class. BadSample: it has no token, or that of another class. (A token
+        that is called by its number was learnt from shards without names.)"""
         if label >= len(self.classes):
             raise sample.bad(f"its class {label} has no token")
-        if name is not None and name != self.classes[label]:
+        if name not in (None, self.classes[label]) and self.classes[label] != str(label):
             why = f"class {label} is {name!r}, and the token there is of {self.classes[label]!r}"
             raise sample.bad(why)
         return self.prompts[label]

@@ -25,9 +25,9 @@ def pick_device(name: str | None = None) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        numbered = torch.empty(0, device=device).device
         if device.type == "cuda":  # pinned memory and events would go to the first GPU
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(numbered)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}", reason, "Name cpu, cuda, cuda:1 or mps.") from None

@@ -165,5 +165,5 @@ def check_class(sample: Sample, value: ValueModel) -> None:
     if label >= len(classes):
         raise sample.bad(f"class {label}: the value model knows {len(classes)} classes")
     name = sample.facts.get("class_name", classes[label])
-    if name != classes[label] and label not in value.facts.get("unnamed", ()):
+    if name != classes[label] and label not in value.unnamed:
         raise sample.bad(f"class {label} is {name!r}, in the value model {classes[label]!r}")

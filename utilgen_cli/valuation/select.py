@@ -6,8 +6,7 @@ Chen, Zhang and Zhou 2018, "Fast Greedy MAP Inference for DPPs", algorithm 1.
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 import torch
@@ -48,17 +47,18 @@ class Best(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.heaps: dict[int, list[tuple[float, int, T]]] = {}
-        self.count = itertools.count()
 
-    def offer(self, label: int, utility: float, item: Callable[[], T]) -> None:
-        """Make and keep the item if it is among the best of its class so far; earlier ones win
-        ties."""
+    def wants(self, label: int, utility: float) -> bool:
+        """True if an item would be among the best of its class so far; earlier ones win ties."""
+        heap = self.heaps.get(label, [])
+        return len(heap) < self.capacity or utility > heap[0][0]
+
+    def keep(self, label: int, utility: float, place: int, item: T) -> None:
+        """Keep an item that is wanted; `place` is where it stands in the stream."""
         heap = self.heaps.setdefault(label, [])
-        at = -next(self.count)
-        if len(heap) < self.capacity:
-            heapq.heappush(heap, (utility, at, item()))
-        elif utility > heap[0][0]:
-            heapq.heapreplace(heap, (utility, at, item()))
+        if len(heap) == self.capacity:
+            heapq.heappop(heap)
+        heapq.heappush(heap, (utility, -place, item))
 
     def of(self, label: int) -> list[tuple[float, int, T]]:
         """(utility, position in the stream, item), in the order of the stream."""

@@ -67,9 +67,10 @@ def _selected(
     samples: Iterable[Sample], scorer: Scorer, count: int, waiting: Waiting
 ) -> Iterator[Sample]:
     best: Best[tuple[tuple[int, int], Tensor]] = Best(CANDIDATES * count)
-    for sample, features in scorer.with_features(samples):
+    for place, (sample, features) in enumerate(scorer.with_features(samples)):
         utility = sample.parsed(UTILITY)["utility"]
-        best.offer(sample.label, utility, lambda s=sample, f=features: (waiting.put(s), f.clone()))  # type: ignore[misc]
+        if best.wants(sample.label, utility):
+            best.keep(sample.label, utility, place, (waiting.put(sample), features.clone()))
     found = {label: best.of(label) for label in sorted(best.heaps)}
     picked: list[tuple[int, tuple[int, int]]] = []
     portions = shares(count, [len(entries) for entries in found.values()])
@@ -80,8 +81,8 @@ def _selected(
         utilities = torch.tensor([u for u, _, _ in entries])
         vectors = torch.stack([f for _, _, (_, f) in entries])
         picked += [(entries[i][1], entries[i][2][0]) for i in pick_diverse(utilities, vectors, n)]
-    for _, place in sorted(picked, key=lambda entry: entry[0]):
-        yield waiting.get(place)
+    for _, where in sorted(picked, key=lambda entry: entry[0]):
+        yield waiting.get(where)
 
 
 @dataclass

@@ -51,9 +51,8 @@ class ValueConfig:
     folds: int = 5  # classifiers; 1 is the published method with in-sample losses
     snapshots: int = 3  # points of the trajectory that scoring averages over
     warmup: float = 0.2  # share of the steps before the held-out losses say anything
-    real_share: float = (
-        0.75  # of a batch, or more where there are more; generated ones are often wrongly labelled
-    )
+    # of a batch, at least: generated images are often wrongly labelled, planted ones always
+    real_share: float = 0.75
     lr: float = 4e-3
     eta: float = 0.05  # rate of the virtual SGD step
     weight_lr: float = 1e-3  # Adam rate of W; above it W was seen to turn over

@@ -75,6 +75,11 @@ class ValueModel(nn.Module):
         self.eval().requires_grad_(False)
 
     @property
+    def unnamed(self) -> frozenset[int]:
+        """The classes whose name nobody told: they stand in `classes` by their number."""
+        return frozenset(self.facts.get("unnamed", ()))
+
+    @property
     def size(self) -> int:
         """The side of the images that the classifiers see."""
         return int(self.facts["transform"]["size"])
