@@ -37,6 +37,7 @@ from .bilevel import META_GRADIENTS, Batch, InnerStep, inner_step, take_step
 from .pool import PLANTED, REAL, SYNTHETIC, VALIDATION, Pool
 from .weight_net import WeightNet
 
+MOST_REAL = 0.875  # of a batch where few images, or none, are generated
 ROLES = {"real": REAL, "validation": VALIDATION, "synthetic": SYNTHETIC, "planted": PLANTED}
 
 
@@ -164,8 +165,9 @@ class Trajectory:
         draws = step_generator(self.seed, self.step, f"batch {k}")
         real, other = self.trained[k]
         n = self.config.batch_size
-        natural = len(real) / (len(real) + len(other))  # planted labels are wrong: not more of them
-        n_real = round(max(self.config.real_share, natural) * n)
+        # Planted labels are wrong: they shall not fill a batch. But W learns from them as well.
+        natural = min(MOST_REAL, len(real) / (len(real) + len(other)))
+        n_real = round(max(self.config.real_share, natural) * n) if len(other) else n
         at = torch.cat([draw(real, n_real, draws), draw(other, n - n_real, draws)])
         return self._images(at, draws), at
 
