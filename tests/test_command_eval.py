@@ -47,6 +47,13 @@ def test_json_table_and_report_tell_the_same(utilgen: Run, sets: list[str], tmp_
     assert done.stderr == b""
 
 
+def test_a_smoke_run_looks_at_validation_too(utilgen: Run, sets: list[str]) -> None:
+    options = [*sets, "--smoke", "--validate-every", "200", "--seeds", "1", "--json"]
+    found = json.loads(utilgen("eval", *options).stdout)
+    assert found["protocol"]["selection"] == "best of every 10 steps on validation"
+    assert found["protocol"]["train"]["steps"] == 10
+
+
 def test_a_stopped_evaluation_exits_75_and_goes_on(sets: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "utilgen_cli", "eval", *sets, "--steps", "5", "--seeds", "40",
                "-o", "runs"]  # fmt: skip

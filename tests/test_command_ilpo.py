@@ -307,6 +307,27 @@ def test_other_adapters_than_prompts_and_tokens_were_learnt_with_are_told(
     assert b"warning" not in drawn.stderr
 
 
+def test_the_loss_of_many_shots_is_that_of_some(
+    bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evenly over the set, in whatever order it came."""
+    model = load_model(str(bench / "bundle"))
+    shots = read_shots(open_source([str(bench / "real.tar")]).samples(), model, lambda s: "")
+    objective = PromptObjective(model, shots, PromptEmbeds(model, ["a", "b", "c"], 1, 0))
+    seen: list[int] = []
+    errors = objective.errors
+    monkeypatch.setattr(
+        objective, "errors", lambda rows, draw: (seen.extend(rows.tolist()), errors(rows, draw))[1]
+    )
+    monkeypatch.setattr("utilgen_cli.diffusion.inversion.PROBE_DRAWS", 2)
+    mean_error(objective)
+    assert sorted(seen) == sorted([*range(6)] * 2)
+    seen.clear()
+    monkeypatch.setattr("utilgen_cli.diffusion.inversion.PROBE_ROWS", 3)
+    mean_error(objective)
+    assert sorted(seen) == [0, 0, 2, 2, 5, 5]
+
+
 def test_an_anchor_holds_the_prompts_to_the_real_shots(utilgen: Run, bench: Path) -> None:
     """Of two climbs the anchored one denoises the shots better; both go the same way every time."""
     common = ["ilpo", "-m", "bundle", "--value", "value", "--clip", "clip", "--iterations", 6,

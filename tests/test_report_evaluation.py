@@ -12,7 +12,7 @@ from utilgen_cli.classification.comparison import Comparison, Inputs, Protocol, 
 from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.report import figures as fig
 from utilgen_cli.report.evaluation import write_report
-from utilgen_cli.report.plots import curve_plot
+from utilgen_cli.report.plots import curve_plot, scatter_plot, shown
 from utilgen_cli.report.table import render
 
 from .classification_toys import colour_images, shards_of
@@ -145,6 +145,14 @@ def test_figures_are_written_as_people_write_them() -> None:
     assert fig.p_value({"difference": {**d, "p": 1e-5}}) == "<.001"
     assert fig.mean_std({"mean": 0.7312, "std": 0.0081}) == "73.1 ± 0.8"
     assert [fig.duration(s) for s in (0.085, 42, 600, 9000)] == ["85 ms", "42 s", "10 min", "2.5 h"]
+
+
+def test_names_in_plots_are_all_shown_and_printable() -> None:
+    """matplotlib's legend leaves out what begins with an underscore."""
+    assert [shown(name) for name in ("_s", "a", "b\x1b[31m")] == [" _s", "a", "b\\x1b[31m"]
+    series = {"_s": ([0.1, 0.2], [0.0, 1.0]), "other": ([0.3], [0.5])}
+    drawing = scatter_plot(series, {"_s": 1, "other": 2})
+    assert "_s" in drawing and "other" in drawing
 
 
 def test_a_curve_is_drawn_where_its_points_are() -> None:
