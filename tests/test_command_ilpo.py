@@ -187,6 +187,8 @@ def test_an_objective_of_ones_own_lies_where_the_command_is_called(
     words = [str(w) for w in ("ilpo", "-m", "bundle", "--clip", "clip", *COMMON, "--objective",
                               "brighter:score", "-o", "best")]  # fmt: skip
     subprocess.run([commands / "utilgen", *words], cwd=bench, check=True)
+    drawn = json.loads(read(bench / "best/00000.tar")["0000-000000.json"])
+    assert drawn["objective"] == "brighter:score"
 
 
 def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+from utilgen_cli.diffusion.image_gradients import accumulate
 from utilgen_cli.diffusion.noise import counted
-from utilgen_cli.diffusion.prompt_search import accumulate
 from utilgen_cli.diffusion.rollout import GradSteps, Rollout, default_chunk
 from utilgen_cli.runtime.errors import UsageError
 

@@ -15,8 +15,8 @@ from PIL import Image
 from tests.policy_parts import make_clip
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.diffusion.clip import image_image_score, image_text_score, load_clip
+from utilgen_cli.diffusion.image_gradients import Term, image_gradients
 from utilgen_cli.diffusion.objectives import make_objective
-from utilgen_cli.diffusion.prompt_search import Term, image_gradients
 from utilgen_cli.diffusion.set_terms import coverage, gradient_match, spread
 from utilgen_cli.runtime.errors import NoInput, UsageError
 

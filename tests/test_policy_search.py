@@ -12,11 +12,12 @@ import torch
 
 from tests.random_bundle import CLASSES, make_bundle
 from utilgen_cli.diffusion.ddim import initial_noise
+from utilgen_cli.diffusion.image_gradients import Term
 from utilgen_cli.diffusion.instance import InstanceConfig
 from utilgen_cli.diffusion.load import LatentDiffusion, class_prompts, load_model
 from utilgen_cli.diffusion.noise import NoiseConfig
 from utilgen_cli.diffusion.policy import Policy, load_policy
-from utilgen_cli.diffusion.prompt_search import PromptSearch, SearchConfig, Term
+from utilgen_cli.diffusion.prompt_search import PromptSearch, SearchConfig
 from utilgen_cli.diffusion.prompts import PromptEmbeds, TokenEmbeds, replaced_embeddings
 from utilgen_cli.diffusion.rollout import Rollout
 from utilgen_cli.runtime import signals

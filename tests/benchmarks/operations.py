@@ -16,10 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from utilgen_cli.diffusion.ddim import sample
+from utilgen_cli.diffusion.image_gradients import accumulate
 from utilgen_cli.diffusion.instance import InstanceConfig
 from utilgen_cli.diffusion.load import LatentDiffusion
 from utilgen_cli.diffusion.noise import NoiseConfig, sample_optimised
-from utilgen_cli.diffusion.prompt_search import accumulate
 from utilgen_cli.diffusion.rollout import Rollout
 
 from ..random_bundle import make_scheduler

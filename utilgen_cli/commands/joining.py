@@ -18,11 +18,12 @@ from ..diffusion.bundle import find_model, parse_classes, read_defaults
 from ..diffusion.clip import ClipModel, image_image_score, image_text_score, load_clip
 from ..diffusion.datadream import Shots, read_shots
 from ..diffusion.generate import GenerateConfig, Generator, LazyGenerator
+from ..diffusion.image_gradients import Term
 from ..diffusion.instance import InstanceConfig, PolicyGenerator, learn_policy
 from ..diffusion.noise import Calls, counted
 from ..diffusion.objectives import make_objective
 from ..diffusion.policy import FACTS, Policy, load_policy
-from ..diffusion.prompt_search import Labeller, Term
+from ..diffusion.prompt_search import Labeller
 from ..diffusion.set_terms import coverage, gradient_match, spread
 from ..runtime import signals
 from ..runtime.checkpoint import remove_checkpoint

@@ -19,10 +19,11 @@ from .class_adapters import acting
 from .datadream import Shots
 from .ddim import initial_noise
 from .generate import Generator, Item
+from .image_gradients import Term
 from .noise import NoiseConfig
 from .policy import Policy, load_policy
 from .prompt_inversion import PromptObjective
-from .prompt_search import Labeller, PromptSearch, SearchConfig, Term
+from .prompt_search import Labeller, PromptSearch, SearchConfig
 from .prompts import PromptEmbeds, TokenEmbeds
 from .rollout import GradSteps, Rollout, default_chunk
 

@@ -1,0 +1,100 @@
+"""The gradient of the objective's terms: at the images, and pulled back to the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the objective: images, labels -> [B] or [classes]; its mean counts."""
+
+    name: str
+    weight: float
+    function: Callable[[Tensor, Tensor], Tensor]
+
+
+def class_blocks(classes: Tensor, rows: int) -> list[Tensor]:
+    """Where the images of some whole classes stand, `rows` of them or fewer if that is more than
+    one class; `classes` [B] has equally many of each class."""
+    _, where = classes.unique(return_inverse=True)
+    count = int(where.max()) + 1
+    step = max(1, rows * count // len(classes))
+    return [((where >= c) & (where < c + step)).nonzero()[:, 0] for c in range(0, count, step)]
+
+
+def term_gradient(term: Term, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """B times the gradient of the term's mean at images [B, 3, H, W], and its squared norm at each
+    image [B]."""
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        value = term.function(leaf, labels).mean() * len(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return gradient, gradient.flatten(1).norm(dim=1).square()
+
+
+def rms_norm(squares: Sequence[Tensor]) -> float:
+    """The root mean square of the norms whose squares are given in parts."""
+    return float(torch.cat(list(squares)).mean().sqrt())
+
+
+def image_gradients(
+    terms: list[Term], images: Tensor, labels: Tensor, rows: int | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """(G [B, 3, H, W], rms|g_k| by term name) at detached images.
+
+    The terms see whole classes, `rows` images at once (all without). The images may lie on the
+    host: then G does.
+    """
+    blocks = class_blocks(labels, rows or len(labels))
+    total, scales = torch.zeros_like(images), {}
+    for term in terms:
+        gradient, squares = torch.empty_like(images), []
+        for at in blocks:
+            here = at.to(images.device)
+            g, square = term_gradient(term, images[here].to(labels.device), labels[at])
+            squares.append(square)
+            gradient[here] = g.to(images.device)
+        scales[term.name] = scale = rms_norm(squares)
+        if scale > 0:
+            total += term.weight / scale * gradient
+    return total, scales
+
+
+def accumulate(
+    rollout: Rollout,
+    cond: Tensor,
+    noise: Tensor,
+    chosen: set[int],
+    gradient_of: Callable[[Tensor], Tensor],
+    chunk: int,
+) -> Tensor:
+    """G dimages/dcond [B, L, D]; of `chunk` images the graph of one step is held, or as much.
+
+    A run that fits, decoding included, is one graph. A larger one is drawn without, for G (a term
+    may value the whole set); then G is pulled back step by step and chunk by chunk. Its images and
+    G lie on the host.
+    """
+    if len(noise) * (len(chosen) + 1) <= chunk:
+        leaf = cond.detach().requires_grad_()
+        images = rollout.images(noise, leaf, chosen)
+        (gradient,) = torch.autograd.grad(images, leaf, gradient_of(images.detach()))
+        return gradient
+    parts = list(zip(noise.split(chunk), cond.detach().split(chunk), strict=True))
+    runs, drawn = [], []
+    for x, p in parts:
+        run, images = rollout.draw(x, p, chosen)
+        runs.append(run)
+        drawn.append(images.cpu())
+    gradient = gradient_of(torch.cat(drawn)).split(chunk)
+    pulled = [
+        rollout.pull_back(run, p, chosen, g.to(p.device))
+        for run, (_, p), g in zip(runs, parts, gradient, strict=True)
+    ]
+    return torch.cat(pulled)
