@@ -146,6 +146,16 @@ def test_steps_outside_the_schedule_are_refused(steps: int) -> None:
         ddim.ddim_timesteps(make_scheduler(), steps)
 
 
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_a_solver_that_would_step_on_one_spot_is_refused(
+    model: LatentDiffusion, sampler: str
+) -> None:
+    """With the leading spacing of Stable Diffusion all of its 1,000 timesteps would be the same."""
+    ddim.multistep_solver(model.scheduler, sampler, 900)
+    with pytest.raises(UsageError, match="--steps 1000: .* on one spot"):
+        ddim.multistep_solver(model.scheduler, sampler, 1000)
+
+
 def test_an_unknown_sampler_is_refused(model: LatentDiffusion) -> None:
     with pytest.raises(UsageError, match="ddim, dpm"):
         draw(model, 2, 1.0, "euler")

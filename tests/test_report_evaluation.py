@@ -148,11 +148,11 @@ def test_figures_are_written_as_people_write_them() -> None:
 
 
 def test_names_in_plots_are_all_shown_and_printable() -> None:
-    """matplotlib's legend leaves out what begins with an underscore."""
+    """matplotlib's legend leaves out what begins with an underscore; a name is no colour."""
     assert [shown(name) for name in ("_s", "a", "b\x1b[31m")] == [" _s", "a", "b\\x1b[31m"]
-    series = {"_s": ([0.1, 0.2], [0.0, 1.0]), "other": ([0.3], [0.5])}
-    drawing = scatter_plot(series, {"_s": 1, "other": 2})
-    assert "_s" in drawing and "other" in drawing
+    series = {"_s": ([0.1, 0.2], [0.0, 1.0]), "#0a0a01": ([0.3], [0.5])}
+    drawing = scatter_plot(series, {"_s": 1, "#0a0a01": 2})
+    assert "_s" in drawing and "#0a0a01" in drawing
 
 
 def test_a_curve_is_drawn_where_its_points_are() -> None:

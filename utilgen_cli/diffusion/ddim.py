@@ -26,12 +26,18 @@ SAMPLERS = ("ddim", "dpm++", "unipc")
 
 def ddim_timesteps(scheduler: Any, steps: int) -> list[int]:
     """The timesteps of a run, descending, as diffusers' DDIMScheduler sets them."""
-    n = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= n:
-        raise UsageError(f"--steps {steps}", f"must lie between 1 and {n}")
+    check_steps(scheduler, steps)
     scheduler.set_timesteps(steps)
     timesteps: list[int] = scheduler.timesteps.tolist()
-    return [min(t, n - 1) for t in timesteps]  # steps_offset may point past the last one
+    last = scheduler.config.num_train_timesteps - 1
+    return [min(t, last) for t in timesteps]  # steps_offset may point past the last one
+
+
+def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
+    """UsageError where a run cannot have so many steps, or so few."""
+    n = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= n:
+        raise UsageError(f"{option} {steps}", f"must lie between 1 and {n}")
 
 
 def ddim_transitions(scheduler: Any, steps: int) -> list[tuple[int, int]]:
@@ -117,8 +123,7 @@ def _multistep(
     scale: float,
     sampler: str,
 ) -> Tensor:
-    solver = multistep_solver(model.scheduler, sampler)
-    solver.set_timesteps(steps)
+    solver = multistep_solver(model.scheduler, sampler, steps)
     solver.set_begin_index(0)  # else each step searches its index, which waits for the device
     x = x * solver.init_noise_sigma
     for t in solver.timesteps:
@@ -127,14 +132,23 @@ def _multistep(
     return x
 
 
-def multistep_solver(scheduler: Any, sampler: str) -> Any:
-    """A fresh diffusers solver with the noise schedule of `scheduler`."""
+def multistep_solver(scheduler: Any, sampler: str, steps: int) -> Any:
+    """A fresh diffusers solver with the noise schedule of `scheduler`, set to so many steps.
+
+    UsageError where it would step from a timestep to the same one (a division by 0 there).
+    """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     kinds = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
     if sampler not in kinds:
         raise UsageError(f"--sampler {sampler}", "unknown", f"Use one of {', '.join(SAMPLERS)}.")
-    return kinds[sampler].from_config(scheduler.config)
+    check_steps(scheduler, steps)
+    solver = kinds[sampler].from_config(scheduler.config)
+    solver.set_timesteps(steps)
+    if not (solver.sigmas[1:] < solver.sigmas[:-1]).all():
+        why = f"{sampler} would step on one spot with so many"
+        raise UsageError(f"--steps {steps}", why, "Take fewer, or --sampler ddim.")
+    return solver
 
 
 def initial_noise(model: LatentDiffusion, seed: int, items: Sequence[tuple[int, int]]) -> Tensor:

@@ -108,11 +108,15 @@ def schedule_factor(
         raise UsageError(
             f"--schedule {config.schedule}", "unknown", f"Use one of {', '.join(names)}."
         )
-    scheduler = get_scheduler(
-        config.schedule, optimizer,
-        num_warmup_steps=config.warmup, num_training_steps=config.steps,
-    )  # fmt: skip
-    factor = scheduler.lr_lambdas[0]
-    first = max(1, config.warmup)
-    # diffusers' warm-up begins at 0, which would waste the first step
-    return lambda step: factor(step + 1) if step < first and config.warmup else factor(step)
+    try:
+        scheduler = get_scheduler(
+            config.schedule, optimizer,
+            num_warmup_steps=config.warmup, num_training_steps=config.steps,
+        )  # fmt: skip
+    except ValueError as error:  # `polynomial` ends at a rate of its own, and not above
+        what, advice = f"--schedule {config.schedule}", "Raise --lr, or take another schedule."
+        raise UsageError(what, str(error), advice) from None
+    factor, last = scheduler.lr_lambdas[0], config.warmup - 1
+    # diffusers' warm-up begins at 0, which would waste the first step; and one as long as the run
+    # ends where what follows would divide by 0
+    return lambda step: 1.0 if step == last else factor(step + (step < last))

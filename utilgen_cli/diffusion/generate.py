@@ -18,7 +18,7 @@ from ..shards.sample import Sample, encode_json, numbered_key
 from .adapters import fuse_adapters, other_adapters
 from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting
-from .ddim import SAMPLERS, initial_noise, sample
+from .ddim import SAMPLERS, check_steps, initial_noise, sample
 from .guidance import guided_output
 from .load import class_prompts, load_model, quiet_libraries
 from .policy import Policy, load_policy, policy_facts
@@ -109,6 +109,7 @@ class Generator:
             adapters=config.adapters,
         )  # fmt: skip
         self.steps = config.steps or self.model.steps
+        check_steps(self.model.scheduler, self.steps)
         scale = config.guidance_scale
         self.guidance_scale = self.model.guidance_scale if scale is None else scale
         self.prompts = class_prompts(self.model, config.tokens, self.classes, config.prompt)

@@ -17,7 +17,7 @@ from ..runtime.seeds import step_generator
 from .adapters import learnt_with
 from .class_adapters import acting
 from .datadream import Shots
-from .ddim import initial_noise
+from .ddim import check_steps, initial_noise
 from .generate import Generator, Item
 from .image_gradients import Term
 from .noise import NoiseConfig
@@ -75,6 +75,7 @@ def learn_policy(
     if model.class_adapters is not None:
         why = "has one adapter a class, and ilpo learns the prompts of all classes at once"
         raise UsageError(f"adapter {model.class_adapters.name}", why, "Use lora --per dataset.")
+    check_steps(model.scheduler, config.sampling_steps, "--search-steps")
     # without iterations the members would differ by the jitter that they begin with alone
     population = config.population if config.search.iterations else 1
     before = 0  # latents that the U-Net saw for the prompts to begin with

@@ -71,8 +71,8 @@ def inline(figure: Figure, canvas: Any, label: str) -> Markup:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for colour, variable in VARIABLES.items():  # in a style, not in a class of that name
+        text = re.sub(rf'{colour}(?=[;"])', f"var({variable})", text)
     return Markup(unique_ids(text, label))
 
 
