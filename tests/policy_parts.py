@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.random_bundle import CLASSES, make_tokenizer
 from utilgen_cli.classification.models import build_classifier, save_classifier
@@ -61,3 +63,22 @@ def make_value(path: Path, folds: int = 2, classes: list[str] = CLASSES, size: i
              "transform": {"size": size, "mean": [0.5] * 3, "std": [0.25] * 3}, "snapshots": snapshots}  # fmt: skip
     (path / "value.json").write_text(json.dumps(facts))
     return path
+
+
+def publish_clip(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[nn.Module, Path]:
+    """A small open_clip model NAME `small` whose weights TAG `openai` are "downloaded" from a file,
+    and which, as OpenAI's, was trained with QuickGELU: (the model as trained, the file)."""
+    folder.mkdir()
+    tower = {"width": 32, "layers": 1, "heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": tower}
+    (folder / "small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "small.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("small", force_quick_gelu=True).eval()
+    torch.save(model.state_dict(), folder / "small.pt")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"openai": {"quick_gelu": True}})
+    monkeypatch.setattr(
+        open_clip.factory, "download_pretrained", lambda tag, **_: str(folder / "small.pt")
+    )
+    return model, folder / "small.pt"

@@ -14,6 +14,7 @@ from utilgen_cli.classification.models import build_classifier, load_classifier,
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 from .conftest import ROOT
+from .policy_parts import publish_clip
 
 CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
 ARCHS = ["small-cnn", "test_resnet", "test_vit"]
@@ -129,6 +130,22 @@ def test_lora_starts_as_the_tower_and_trains_adapters_and_head_alone(tmp_path: P
     save_classifier(tmp_path / "lora.safetensors", model)
     back = load_classifier(tmp_path / "lora.safetensors")
     torch.testing.assert_close(back(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("prefix", ["open_clip:", "open_clip-lora:"])
+def test_a_published_tower_is_loaded_without_a_look_at_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    """The file holds the whole tower, which runs with the activation that it was trained with."""
+    trained, weights = publish_clip(monkeypatch, tmp_path / "small")
+    model = build_classifier(f"{prefix}small/openai", 4, 16).eval()
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(model.features(images), trained.visual(model.prepare(images)))
+    save_classifier(tmp_path / "c.safetensors", model)
+    weights.unlink()
+    back = load_classifier(tmp_path / "c.safetensors")
+    assert back.transform == {k: list(v) if k != "size" else v for k, v in model.transform.items()}
+    torch.testing.assert_close(back(images), model(images))
 
 
 @pytest.mark.parametrize(

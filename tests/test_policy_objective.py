@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.policy_parts import make_clip
+from tests.policy_parts import make_clip, publish_clip
 from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.diffusion.clip import image_image_score, image_text_score, load_clip
 from utilgen_cli.diffusion.image_gradients import Term, image_gradients
@@ -43,6 +43,19 @@ def test_clip_preprocessing_equals_open_clips_own(
     pil = Image.fromarray((smooth[0] * 255).byte().permute(1, 2, 0).numpy().astype(np.uint8))
     difference = (clip.preprocess(smooth)[0] - transform(pil)).abs() * clip.std[0]
     assert difference.max() < 2.5 / 255
+
+
+def test_published_weights_run_with_the_activation_that_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of OpenAI's models says nothing of QuickGELU; the tag of their weights does."""
+    trained, _ = publish_clip(monkeypatch, tmp_path / "small")
+    for name in ("small:openai", "small"):  # the second takes the first tag there is
+        clip = load_clip(name)
+        x = images(3)
+        with torch.no_grad():
+            expected = F.normalize(trained.encode_image(clip.preprocess(x)), dim=1)
+        torch.testing.assert_close(clip.image_embeds(x), expected)
 
 
 def test_clip_scores_are_cosines_of_open_clips_embeddings(tmp_path: Path) -> None:

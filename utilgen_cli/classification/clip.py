@@ -20,17 +20,22 @@ def is_clip(arch: str) -> bool:
     return arch.startswith((OPEN_CLIP, OPEN_CLIP_LORA))
 
 
-def load_tower(arch: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_tower(arch: str, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """The image tower, and its transform {"size", "mean", "std"}; open_clip's errors pass through.
 
-    After the prefix: NAME, NAME/TAG for its weights, or a local directory.
+    After the prefix: NAME, NAME/TAG for its weights, or a local directory. Without `weights` none
+    are looked for: the caller has them.
     """
     import open_clip
 
     name = arch.partition(":")[2]
     local = Path(name).is_dir()
     model_name, _, tag = (f"local-dir:{name}", "", "") if local else name.partition("/")
-    clip = open_clip.create_model(model_name, pretrained=tag or None, require_pretrained=local)
+    quick = bool(open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu"))
+    clip = open_clip.create_model(
+        model_name, pretrained=(tag if weights else "") or None, load_weights=weights,
+        require_pretrained=local and weights, pretrained_text=False, force_quick_gelu=quick,
+    )  # fmt: skip
     tower = clip.visual
     size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
     mean = getattr(tower, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN

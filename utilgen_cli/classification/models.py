@@ -144,11 +144,15 @@ def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: b
     return Classifier(arch, tower, feature_width(tower, size), num_classes, transform)
 
 
-def _clip_classifier(arch: str, num_classes: int) -> Classifier:
+def _clip_classifier(
+    arch: str, num_classes: int, transform: dict[str, Any] | None = None
+) -> Classifier:
+    """With a transform the tower is an empty one, whose weights come from elsewhere."""
     try:
-        tower, transform = load_tower(arch)
+        tower, own = load_tower(arch, weights=transform is None)
     except Exception as error:  # open_clip, the hub and the unpicklers each raise their own
         raise _no_weights(arch, error) from None
+    transform = transform or own
     width = feature_width(tower, transform["size"])
     model = Classifier(arch, tower, width, num_classes, transform, frozen=True)
     if arch.startswith(OPEN_CLIP_LORA):
@@ -196,12 +200,16 @@ def load_classifier(path: Path) -> Classifier:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
-    with offline():
-        model = build_classifier(facts["arch"], facts["num_classes"], facts["transform"]["size"])
+    arch, count, transform = (facts[name] for name in ("arch", "num_classes", "transform"))
+    with offline(), torch.random.fork_rng():
+        model = (
+            _clip_classifier(arch, count, transform) if is_clip(arch)
+            else build_classifier(arch, count, transform["size"])
+        )  # fmt: skip
     try:
         model.load_state_dict(tensors)
     except RuntimeError:
         raise BadInput(
-            str(path), f"holds other weights than {facts['arch']} has here", "Train it again."
+            str(path), f"holds other weights than {arch} has here", "Train it again."
         ) from None
     return model.eval()

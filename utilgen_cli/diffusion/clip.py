@@ -77,11 +77,14 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
 
     identifier, pretrained = resolve(name)
     local = identifier.startswith("local-dir:")
+    # what OpenAI trained has another activation, of which a name alone says nothing
+    quick = bool(open_clip.get_pretrained_cfg(identifier, pretrained or "").get("quick_gelu"))
     try:
         with offline() if local else nullcontext():
             model = open_clip.create_model(
-                identifier, pretrained=pretrained, device=device, require_pretrained=local
-            )
+                identifier, pretrained=pretrained, device=device, require_pretrained=local,
+                force_quick_gelu=quick,
+            )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(identifier)
     except Exception as error:  # open_clip, the hub and the file system each raise their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
