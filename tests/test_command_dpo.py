@@ -93,7 +93,7 @@ def test_schedules_and_optimisers_that_are_not_there() -> None:
     with pytest.raises(UsageError, match="--schedule x: unknown"):
         schedule_factor(torch.optim.AdamW(weights), FinetuneConfig(schedule="x"))
     low = FinetuneConfig(learning_rate=1e-8, schedule="polynomial")
-    with pytest.raises(UsageError, match="--schedule polynomial: lr_end .* Raise --lr"):
+    with pytest.raises(UsageError, match=r"--schedule polynomial: lr_end .* Raise --lr"):
         schedule_factor(make_optimizer(weights, low), low)
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UsageError, match="pip install bitsandbytes"):
@@ -102,9 +102,7 @@ def test_schedules_and_optimisers_that_are_not_there() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine", "polynomial"])
 @pytest.mark.parametrize(("warmup", "expected"), [(0, 1.0), (4, 0.25), (10, 0.1), (20, 0.05)])
-def test_the_warm_up_rises_from_the_first_step(
-    schedule: str, warmup: int, expected: float
-) -> None:
+def test_the_warm_up_rises_from_the_first_step(schedule: str, warmup: int, expected: float) -> None:
     """No step is taken at a rate of 0, however long the warm-up is beside the run."""
     config = FinetuneConfig(steps=10, warmup=warmup, schedule=schedule)
     weights = [torch.nn.Parameter(torch.zeros(1))]

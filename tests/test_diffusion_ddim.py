@@ -152,7 +152,7 @@ def test_a_solver_that_would_step_on_one_spot_is_refused(
 ) -> None:
     """With the leading spacing of Stable Diffusion all of its 1,000 timesteps would be the same."""
     ddim.multistep_solver(model.scheduler, sampler, 900)
-    with pytest.raises(UsageError, match="--steps 1000: .* on one spot"):
+    with pytest.raises(UsageError, match=r"--steps 1000: .* on one spot"):
         ddim.multistep_solver(model.scheduler, sampler, 1000)
 
 

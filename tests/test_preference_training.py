@@ -20,7 +20,7 @@ from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
 from utilgen_cli.diffusion.ddim import initial_noise, sample
 from utilgen_cli.diffusion.finetune import CHECKPOINT
 from utilgen_cli.diffusion.finetune_config import FinetuneConfig
-from utilgen_cli.diffusion.generate import GenerateConfig, Generator
+from utilgen_cli.diffusion.generate import GenerateConfig, Generator, warnings_of
 from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.pair_data import signs
 from utilgen_cli.diffusion.preference import PreferenceObjective
@@ -277,6 +277,29 @@ def test_full_tuning_writes_a_pipeline(bundle: str, tmp_path: Path) -> None:
     run_dpo(bundle, tmp_path / "second", full=True, init=tmp_path / "full")
     with pytest.raises(UsageError, match="Add --full"):
         run_dpo(bundle, tmp_path / "mixed", init=tmp_path / "full")
+
+
+def test_rounds_of_full_tuning_lose_nothing_to_half_precision(bundle: str, tmp_path: Path) -> None:
+    """Neither the base's weights nor what a round moved them by is rounded to bf16 on the way."""
+    half = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    still = replace(QUICK, steps=1, learning_rate=1e-12)
+    for name, finetune, init in (("one", QUICK, None), ("two", still, tmp_path / "one")):
+        config = PreferenceConfig(bundle, init=init, full=True, finetune=finetune, beta=10.0,
+                                  reference="base" if init is None else "previous")  # fmt: skip
+        train_preference(pairs(12), tmp_path / name, config, **half)  # type: ignore[arg-type]
+    base, one, two = (load_model(str(m)) for m in (bundle, tmp_path / "one", tmp_path / "two"))
+    moved = [
+        torch.equal(a, b)
+        for a, b in zip(base.unet.parameters(), one.unet.parameters(), strict=True)
+    ]
+    assert not any(moved)
+    for a, b in zip(one.unet.parameters(), two.unet.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for a, b in zip(base.vae.parameters(), two.vae.parameters(), strict=True):
+        assert torch.equal(a, b)
+    drawn = GenerateConfig(bundle, adapters=(tmp_path / "one",))
+    assert ["whole U-Net" in line for line in warnings_of(drawn, torch.bfloat16)] == [True]
+    assert warnings_of(drawn, torch.float16) == []
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(bundle: str, tmp_path: Path) -> None:

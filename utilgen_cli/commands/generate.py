@@ -70,10 +70,10 @@ def generate(
         parse_classes(classes), prompt, steps, guidance_scale, sampler, batch_size, format,
         compile,
     )  # fmt: skip
-    for line in [] if quiet else warnings_of(config):
+    generator = LazyGenerator(config, device, precision, reporter(quiet))
+    for line in [] if quiet else warnings_of(config, generator.dtype):
         report({}, False, f"generate: {line}")
     plan = plan_items(len(known_classes(config)), per_class, start)
-    generator = LazyGenerator(config, device, precision, reporter(quiet))
     settings = {
         **config.settings(),
         "precision": precision,

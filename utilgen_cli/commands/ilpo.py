@@ -105,7 +105,7 @@ def ilpo(
     run = PolicyRun(
         config, aim, instance, directory, device, precision, reporter(quiet), overwrite, aside
     )
-    for line in [] if quiet else warnings_of(config, init):
+    for line in [] if quiet else warnings_of(config, run.dtype, init):
         report({}, False, f"ilpo: {line}")
     plan = plan_items(len(known_classes(config)), per_class, start)
     settings = {

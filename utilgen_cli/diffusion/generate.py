@@ -15,7 +15,7 @@ from ..runtime.device import pick_device, pick_dtype
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample, encode_json, numbered_key
-from .adapters import fuse_adapters, other_adapters
+from .adapters import fuse_adapters, other_adapters, rounds_away
 from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting
 from .ddim import SAMPLERS, check_steps, initial_noise, sample
@@ -90,12 +90,13 @@ def known_classes(config: GenerateConfig) -> list[str]:
     return list(names)
 
 
-def warnings_of(config: GenerateConfig, init: Path | None = None) -> list[str]:
+def warnings_of(config: GenerateConfig, dtype: torch.dtype, init: Path | None = None) -> list[str]:
     """What a user should know before drawing; `init` is a policy as well."""
     learnt = [(f"tokens {p}", read_index(p)) for p in [config.tokens] if p is not None]
     learnt += [(f"policy {p}", policy_facts(p).get("settings", {}))
                for p in (config.policy, init) if p is not None]  # fmt: skip
-    found = (other_adapters(what, facts, config.adapters) for what, facts in learnt)
+    found = [other_adapters(what, facts, config.adapters) for what, facts in learnt]
+    found += [rounds_away(adapter, dtype) for adapter in config.adapters[:1]]
     return [line for line in found if line is not None]
 
 

@@ -124,23 +124,26 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    unet_dtype: torch.dtype | None = None,
     tokens: Path | None = None,
     adapters: Sequence[Path] = (),
 ) -> LatentDiffusion:
     """Load `tiny`, `sd15`, `sd21-base`, `sd21`, a hub id or a diffusers directory, frozen.
 
     `tokens` is a directory that `invert` wrote; `adapters` are LoRA directories, stacked in order,
-    or (first) a full pipeline directory, whose U-Net replaces the model's.
+    or (first) a full pipeline directory, whose U-Net replaces the model's. `unet_dtype` is that
+    of a U-Net to be trained as a whole: below float32 the small steps of a round would be lost.
     Raises NoInput when something is not there or cannot be reached, BadInput when it does not fit.
     """
     device = torch.device(device)
     with quiet_libraries():
-        model = _load_bundle(name, find_model(name), device, dtype)
+        model = _load_bundle(name, find_model(name), device, dtype, unet_dtype or dtype)
         if tokens is not None:
             add_tokens(model, tokens)
         add_adapters(model, [Path(adapter) for adapter in adapters])
         for module in (model.unet, model.vae, model.text_encoder):
-            module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+            kind = unet_dtype or dtype if module is model.unet else dtype
+            module.to(device=device, dtype=kind).requires_grad_(False).eval()
     return model
 
 
@@ -202,7 +205,7 @@ def class_names(
 
 
 def _load_bundle(
-    name: str, path: Path, device: torch.device, dtype: torch.dtype
+    name: str, path: Path, device: torch.device, dtype: torch.dtype, unet_dtype: torch.dtype
 ) -> LatentDiffusion:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -211,7 +214,7 @@ def _load_bundle(
         load = partial(kind.from_pretrained, use_safetensors=True, local_files_only=True)
         return load_component(path, folder, partial(load, **options))
 
-    unet = weights("unet", UNet2DConditionModel, torch_dtype=dtype)
+    unet = weights("unet", UNet2DConditionModel, torch_dtype=unet_dtype)
     vae = weights("vae", AutoencoderKL, torch_dtype=dtype)
     text_encoder = weights("text_encoder", CLIPTextModel, dtype=dtype)
     tokenizer = load_component(path, "tokenizer", CLIPTokenizer.from_pretrained)

@@ -69,10 +69,10 @@ def lora_denoisers(unet: Any, adapter: str, reference: str) -> Denoisers:
 
 
 def full_denoisers(unet: Any, reference: Any | None = None) -> Denoisers:
-    """psi is the whole U-Net in float32; the reference a frozen second one (default: a copy)."""
+    """psi is the whole U-Net, in float32; the reference a frozen second one (default: a copy)."""
     frozen = copy.deepcopy(unet) if reference is None else reference
     frozen.requires_grad_(False)
-    unet.float().requires_grad_(True)
+    unet.requires_grad_(True)
     return Denoisers(unet, frozen, nullcontext, dict(unet.named_parameters()))
 
 

@@ -91,9 +91,11 @@ def train_preference(
     """
     start = time.monotonic()
     init = [] if config.init is None else [config.init]
+    whole = torch.float32 if config.full else None
     model = load_model(
-        config.model, device=device, dtype=dtype, tokens=config.tokens, adapters=init
-    )
+        config.model, device=device, dtype=dtype, unet_dtype=whole, tokens=config.tokens,
+        adapters=init,
+    )  # fmt: skip
     tokens = TokenPrompts.read(model, config.tokens)
     pairs = read_preferences(
         samples, model, lambda judged: prompt_of(judged, tokens, model.template),
@@ -142,7 +144,7 @@ def make_denoisers(model: LatentDiffusion, config: PreferenceConfig) -> Denoiser
     if config.full:
         base = None
         if config.init is not None and config.reference == "base":
-            base = load_model(config.model, device=model.device, dtype=model.dtype).unet
+            base = load_model(config.model, device=model.device).unet
         return full_denoisers(model.unet, base)
     name = adapter_name(config)
     if config.init is None:
@@ -179,8 +181,8 @@ def write_pipeline(model: LatentDiffusion, name: str, out: Path) -> None:
     from .adapters import as_pipeline
     from .bundle import find_model
 
-    base = load_model(name, dtype=model.dtype)
-    base.unet = model.unet.to("cpu")  # as it was trained, in fp32: half of it would lose the steps
+    base = load_model(name)  # all of it in fp32: half of it would lose the U-Net's steps
+    base.unet = model.unet.to("cpu")
     with quiet_libraries():
         as_pipeline(base).save_pretrained(out)
     source = find_model(name)
