@@ -40,15 +40,18 @@ def pack(
     from .streams import report, run_source
 
     aside = quarantine_of(on_error)
-    listed, classes = list_images(folder, shots, seed)
-    images = readable(list(enumerate(listed)), aside)
+    listed = list_images(folder, shots, seed, None if output == "-" else Path(output))
+    images, classes = readable(listed, aside), listed.classes
     settings = {"folder": str(folder), "size": size, "shots": shots, "seed": seed,
                 "shard_size": shard_size, "images": len(images),
-                "contents": listing_digest(listed, classes), **aside.settings()}  # fmt: skip
+                "contents": listing_digest(listed, images), **aside.settings()}  # fmt: skip
     run_source(
         lambda part: pack_images(part, classes, size), images, output, "pack",
         settings, overwrite, shard_size,
     )  # fmt: skip
     tell(aside, "pack")
-    report({"samples": len(images), "classes": classes, **aside.summary()}, as_json,
+    if (line := listed.line()) and not quiet:
+        report({}, False, f"pack: {line}")
+    found = {"classes": classes, **listed.summary(), **aside.summary()}
+    report({"samples": len(images), **found}, as_json,
            f"packed {len(images)} images of {len(classes)} classes")  # fmt: skip

@@ -3,100 +3,240 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
+import os
 import random
-from collections.abc import Iterable, Iterator
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from ..runtime.errors import BadInput, NoInput
 from .images import decode_rgb, encode_image
 from .quarantine import Quarantine
-from .sample import IMAGE_TYPES, Sample, encode_json, numbered_key
+from .sample import BadSample, Sample, encode_json, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
+Numbered = tuple[int, Labelled]
+KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg",
+         ".webp": "webp"}  # fmt: skip
+LAYOUT = "Lay images out as FOLDER/CLASS/*.jpg."
+COLUMNS = "Give columns path and label, a row an image."
+
+
+@dataclass
+class ImageList:
+    """What is to be packed, and what was seen beside it.
+
+    `spare` has each class's images that were not drawn, in the order in which they replace bad
+    shots; `ignored` counts by suffix the files that are no image of a class.
+    """
+
+    classes: list[str]
+    images: list[Labelled] = field(default_factory=list)
+    spare: dict[int, list[Path]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def line(self) -> str | None:
+        """For people: how many files were left out, and which."""
+        loose = sum(n for suffix, n in self.ignored.items() if suffix in KINDS)
+        other = sorted(suffix or "no suffix" for suffix in self.ignored if suffix not in KINDS)
+        parts = [f"{loose} images outside of the class folders"] if loose else []
+        if other:
+            count = self.ignored.total() - loose
+            parts.insert(0, f"{count} files that are no PNG, JPEG or WebP ({', '.join(other)})")
+        return f"left out {' and '.join(parts)}" if parts else None
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """For --json: {} where all was taken."""
+        return {"ignored": dict(sorted(self.ignored.items()))} if self.ignored else {}
 
 
 def list_images(
-    source: Path, shots: int | None = None, seed: int = 0
-) -> tuple[list[Labelled], list[str]]:
-    """(class index, path) of each image, and the class names in the order of their index.
+    source: Path, shots: int | None = None, seed: int = 0, output: Path | None = None
+) -> ImageList:
+    """The images of each class, the classes in the order of their index.
 
     `source` is FOLDER with a folder a class (sorted by name), or a CSV with columns path and label
-    (classes in order of first appearance; paths relative to the CSV). NoInput, BadInput.
+    (classes in order of first appearance; paths relative to the CSV). Nothing in the directory
+    `output` is looked at. NoInput, BadInput.
     """
-    if source.is_dir():
-        named = _from_folder(source)
-    elif source.is_file():
+    ignored: Counter[str] = Counter()
+    if _is(source.is_dir):
+        named = _from_folder(source, output and output.resolve(), ignored)
+    elif _is(source.is_file):
         named = _from_csv(source)
     else:
         raise NoInput(str(source), "no such file or directory", "Name a folder or a CSV file.")
-    images = []
-    for index, (_, paths) in enumerate(named.items()):
+    listed = ImageList(list(named), ignored=ignored)
+    for index, paths in enumerate(named.values()):
         if shots is not None and len(paths) > shots:
-            paths = sorted(random.Random(f"{seed}/{index}").sample(paths, shots))
-        images += [(index, path) for path in paths]
-    return images, list(named)
+            paths, listed.spare[index] = _draw(paths, shots, f"{seed}/{index}")
+        listed.images += [(index, path) for path in paths]
+    return listed
 
 
-def _from_folder(folder: Path) -> dict[str, list[Path]]:
+def _draw(paths: list[Path], shots: int, seed: str) -> tuple[list[Path], list[Path]]:
+    """(the shots, sorted; the others, shuffled)."""
+    rng = random.Random(seed)
+    chosen = rng.sample(range(len(paths)), shots)
+    others = sorted(set(range(len(paths))) - set(chosen))
+    rng.shuffle(others)
+    return sorted(paths[i] for i in chosen), [paths[i] for i in others]
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """Ask a path what it is. A name that is too long is nothing; what may not be looked at is said
+    where it is read."""
+    try:
+        return question()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+
+
+def _from_folder(folder: Path, own: Path | None, ignored: Counter[str]) -> dict[str, list[Path]]:
+    """The images of each class folder; the other files go into `ignored`."""
     named = {}
-    for directory in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
-        named[directory.name] = sorted(
-            p for p in directory.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_TYPES
-        )
-        if not named[directory.name]:
-            raise BadInput(str(directory), "a class without images", "Add some, or remove it.")
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    ignored.update(_suffix(p) for p in entries if not _is(p.is_dir))
+    for directory in (p for p in entries if _is(p.is_dir)):
+        files = sorted(_files(directory, own))
+        images = [p for p in files if _suffix(p) in KINDS]
+        ignored.update(_suffix(p) for p in files if _suffix(p) not in KINDS)
+        if images:
+            named[_class_name(directory)] = images
+        elif own is None or not own.is_relative_to(directory.resolve()):
+            raise BadInput(str(directory), "a class without images",
+                           "Add some (PNG, JPEG or WebP), or remove it.")  # fmt: skip
     if not named:
-        raise NoInput(
-            str(folder), "no class folders in it", "Lay images out as FOLDER/CLASS/*.jpg."
-        )
+        raise NoInput(str(folder), "no class folders in it", LAYOUT)
     return named
+
+
+def _files(directory: Path, own: Path | None) -> Iterator[Path]:
+    """All files below that neither are hidden nor lie in a hidden folder or in `own`."""
+    for place, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if Path(place).resolve() == own:
+            folders.clear()
+        else:
+            yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _class_name(directory: Path) -> str:
+    if _text(directory.name) != directory.name:
+        raise BadInput(str(directory), "its name is not UTF-8", "Rename it.")
+    return directory.name
+
+
+def _suffix(path: Path) -> str:
+    return _text(path.suffix.lower())
+
+
+def _text(name: str) -> str:
+    """A name of the file system with what is not UTF-8 in it replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _from_csv(path: Path) -> dict[str, list[Path]]:
     named: dict[str, list[Path]] = {}
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as f:
-        for number, row in enumerate(csv.DictReader(f), 2):
-            if not row.get("path") or not row.get("label"):
-                raise BadInput(f"{path} line {number}", "no path or no label",
-                               "The first line must be `path,label`.")  # fmt: skip
-            image = path.parent / row["path"]
-            if not image.is_file():
-                raise NoInput(f"{path} line {number}", f"{row['path']} does not exist",
-                              "Paths count from the CSV's folder.")  # fmt: skip
-            named.setdefault(row["label"], []).append(image)
+    for number, row in enumerate(_rows(path), 2):
+        if not row.get("path") or not row.get("label"):
+            raise BadInput(f"{path} line {number}", "no path or no label",
+                           "The first line must be `path,label`.")  # fmt: skip
+        image = path.parent / row["path"]
+        if not _is(image.is_file):
+            raise NoInput(f"{path} line {number}", f"{row['path']} does not exist",
+                          "Paths count from the CSV's folder.")  # fmt: skip
+        named.setdefault(row["label"], []).append(image)
     if not named:
-        raise BadInput(str(path), "no rows", "Give columns path and label, a row an image.")
+        raise BadInput(str(path), "no rows", COLUMNS)
     return named
 
 
-def listing_digest(images: list[Labelled], classes: list[str]) -> str:
-    """A digest of the class names and of each image's class, name and size in bytes."""
-    listed = [[label, path.name, path.stat().st_size] for label, path in images]
-    return hashlib.blake2b(encode_json({"of": [classes, listed]}), digest_size=8).hexdigest()
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        reader = csv.DictReader(f)
+        try:
+            yield from reader
+        except UnicodeDecodeError:
+            raise BadInput(str(path), "is not UTF-8", "Save it as UTF-8.") from None
+        except csv.Error as error:
+            raise BadInput(f"{path} line {reader.line_num}", str(error), COLUMNS) from None
 
 
-def readable(
-    images: list[tuple[int, Labelled]], quarantine: Quarantine
-) -> list[tuple[int, Labelled]]:
-    """The images that can be decoded; all of them where the first bad one is to be the error."""
+def listing_digest(listed: ImageList, images: Iterable[Numbered]) -> str:
+    """A digest of the class names and of each image's class, name and size in bytes: of those
+    that are listed, and of those of `images` that came in their place."""
+    drawn = set(listed.images)
+    seen = [*listed.images, *(image for _, image in images if image not in drawn)]
+    rows = [[label, path.name, _size(path)] for label, path in seen]
+    return hashlib.blake2b(encode_json({"of": [listed.classes, rows]}), digest_size=8).hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # said where it is read
+        return None
+
+
+def readable(listed: ImageList, quarantine: Quarantine) -> list[Numbered]:
+    """The images that can be decoded, numbered; all of them where the first bad one is to be the
+    error. A bad shot's number goes to another image of its class while there are any.
+
+    BadInput: a class has none left.
+    """
     if not quarantine.skip:
-        return images
+        return list(enumerate(listed.images))
     kept = []
-    for number, (label, path) in images:
-        for _ in quarantine.screen([_as_it_is(number, label, path)]):
-            kept.append((number, (label, path)))
+    spare = {label: iter(paths) for label, paths in listed.spare.items()}
+    for number, (label, path) in enumerate(listed.images):
+        for candidate in chain([path], spare.get(label, ())):
+            if _passes(number, (label, candidate), quarantine):
+                kept.append((number, (label, candidate)))
+                break
+    _refuse_empty(listed.classes, {label for _, (label, _) in kept})
     return kept
 
 
+def _passes(number: int, image: Labelled, quarantine: Quarantine) -> bool:
+    try:
+        return bool(list(quarantine.screen([_as_it_is(number, *image)])))
+    except BadSample as error:  # its file cannot be read
+        quarantine.reject(error)
+        return False
+
+
+def _refuse_empty(classes: list[str], labels: set[int]) -> None:
+    for label, name in enumerate(classes):
+        if label not in labels:
+            raise BadInput(f"class {name}", "none of its images can be used",
+                           "Add some that can, or remove it.")  # fmt: skip
+
+
 def _as_it_is(number: int, label: int, path: Path) -> Sample:
-    kind = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
-    members = {kind: path.read_bytes(), "cls": str(label).encode()}
-    return Sample(numbered_key(label, number), members, str(path))
+    sample = Sample(numbered_key(label, number), {}, _text(str(path)))
+    kind = KINDS.get(path.suffix.lower(), path.suffix.lower().lstrip("."))
+    try:
+        sample.members = {kind: _read(path), "cls": str(label).encode()}
+    except OSError as error:
+        why = f"its file cannot be read ({error.strerror})"
+        raise sample.bad(why, "unreadable file") from None
+    return sample
+
+
+def _read(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe's writer would be waited for
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path.read_bytes()
 
 
 def pack_images(
-    images: Iterable[tuple[int, Labelled]], classes: list[str], size: int | None
+    images: Iterable[Numbered], classes: list[str], size: int | None
 ) -> Iterator[Sample]:
     """A sample an image; with `size` re-encoded as a PNG of that side, else byte for byte."""
     for number, (label, path) in images:
@@ -104,6 +244,6 @@ def pack_images(
         rgb = decode_rgb(sample, size)  # a broken image is found here, not hours later
         if size is not None:
             members = {"png": encode_image(rgb), "cls": sample.members["cls"]}
-            sample = Sample(sample.key, members, str(path))
-        facts = {"class_name": classes[label], "file": path.name, "source": "pack"}
+            sample = Sample(sample.key, members, sample.origin)
+        facts = {"class_name": classes[label], "file": _text(path.name), "source": "pack"}
         yield sample.with_member("json", encode_json(facts))
