@@ -70,6 +70,14 @@ def test_labels_and_names_must_be_those_of_the_task(tmp_path: Path) -> None:
         load_images(source, 16, ["red", "verde", "blue"])
 
 
+def test_a_stray_number_is_no_class(tmp_path: Path) -> None:
+    stray = replace(samples_of(colour_images(1))[0], key="stray")
+    stray.members["cls"] = b"100000000"
+    write_shard(tmp_path / "0.tar", [*samples_of(colour_images(1)), stray])
+    with pytest.raises(BadInput, match="class 100000000 is the highest of 4 classes"):
+        load_images(open_source([str(tmp_path / "0.tar")]), 16)
+
+
 def test_no_samples_is_no_input(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [])
     with pytest.raises(NoInput):

@@ -15,6 +15,7 @@ from utilgen_cli.diffusion.datadream import read_shots
 from utilgen_cli.diffusion.load import class_prompts, load_model
 from utilgen_cli.diffusion.policy import load_policy
 from utilgen_cli.diffusion.prompt_inversion import deal
+from utilgen_cli.diffusion.tokens import read_index
 from utilgen_cli.runtime.errors import UsageError
 from utilgen_cli.shards.operands import open_source
 
@@ -63,6 +64,37 @@ def test_a_class_without_images_is_an_error_of_one_line(utilgen: Run, tmp_path: 
     assert (done.returncode, done.stdout) == (65, b"")
     assert "class 1: has no images" in done.stderr.decode().splitlines()[-1]
     assert not (tmp_path / "tokens" / "index.json").exists()
+
+
+@pytest.mark.parametrize("command", ["invert", "lora", "pairs", "view"])
+def test_a_class_of_two_names_is_refused(utilgen: Run, tmp_path: Path, command: str) -> None:
+    """Two folders that were packed apart number their classes apart."""
+    scored = b'{"utility": 0.5}'
+    samples = [make_sample(i, 0, 32, class_name=name).with_member("utility.json", scored)
+               for i, name in enumerate(("cat", "cat", "dog"))]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_bytes(samples))
+    model = ["-m", "tiny", "--smoke"] if command in ("invert", "lora") else []
+    out = "page.html" if command == "view" else "out"
+    done = utilgen(command, "a.tar", *model, "-o", out, check=False)
+    assert done.returncode == 65
+    assert b"class 0 is 'dog' here and 'cat' before" in done.stderr
+
+
+def test_what_has_no_name_gets_none(utilgen: Run, tmp_path: Path) -> None:
+    """A class is called as any of its images is; of one that nobody names none is told later."""
+    samples = [make_sample(i, i % 3, 32, class_name=name)
+               for i, name in enumerate(("ant", "bee", None, None, None, None))]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_bytes(samples))
+    for more in ([], ["--population", 1]):
+        options = ["-m", "tiny", "--smoke", *more, "-o", f"out{len(more)}"]
+        assert utilgen("invert", "a.tar", *options).stdout
+    assert read_index(tmp_path / "out0")["classes"] == ["ant", "bee", "2"]
+    assert load_policy(tmp_path / "out2").unnamed == {2}
+    utilgen(
+        "generate", "-m", "tiny", "--tokens", "out0", "--per-class", 1, "--smoke", "-o", "drawn"
+    )
+    drawn = [s.facts.get("class_name") for s in open_source([str(tmp_path / "drawn")]).samples()]
+    assert drawn == ["ant", "bee", None]
 
 
 def test_prompts_denoise_unseen_real_images_and_are_a_policy(utilgen: Run, tmp_path: Path) -> None:

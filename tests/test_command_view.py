@@ -49,6 +49,7 @@ def test_errors_are_one_line_and_nothing_is_written(utilgen: Run, tmp_path: Path
         (["-o", "page.html"], 65, "end mark"),
         (["-o", "page.txt"], 2, ".html or .png"),
         (["missing.tar", "-o", "page.html"], 66, "no such file"),
+        (["missing.tar", "-o", "page.html", "--title", b"caf\xe9"], 66, "no such file"),
     ):
         done = utilgen("view", *args, input=cut, check=False)
         assert done.returncode == code

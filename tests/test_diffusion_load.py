@@ -271,6 +271,9 @@ def test_classes_come_from_a_comma_list_or_a_file(tmp_path: Path) -> None:
     assert parse_classes(str(tmp_path / "names.txt")) == ("ankle boot", "bag")
     assert parse_classes("ankle boot, bag") == ("ankle boot", "bag")
     assert parse_classes(None) is None
-    for text in ("", " , ", "bag,bag"):
+    (tmp_path / "names.txt").write_text("\ufeffcat\r\ndog\r\n", newline="")
+    assert parse_classes(str(tmp_path / "names.txt")) == ("cat", "dog")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for text in ("", " , ", "bag,bag", str(tmp_path / "latin.txt"), "caf\udce9,bag"):
         with pytest.raises(UsageError):
             parse_classes(text)

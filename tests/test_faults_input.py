@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,12 +73,40 @@ def test_sixteen_bits_keep_their_brightness_and_cmyk_its_colour() -> None:
     assert abs(cmyk - decode_rgb(Sample("a", dict([images["palette"][:2]])))).mean() < 60
 
 
-def test_a_photograph_is_turned_as_the_camera_was_held() -> None:
+def test_a_dark_picture_of_sixteen_bits_stays_dark() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 200, np.uint16)).save(out, "PNG")
+    assert decode_rgb(Sample("a", {"png": out.getvalue()})).max() <= 1
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""
+xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+def turned_by(how: str) -> dict[str, Any]:
+    """What says that a picture was taken on its side: Exif, Exif of which another tag makes no
+    sense (a resolution as text), or XMP."""
+    if how == "xmp":
+        return {"xmp": XMP}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if how == "exif":
+        return {"exif": exif}
+    entries = [
+        struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0),
+        struct.pack("<HHI4s", 0x011A, 2, 3, b"72"),
+    ]
+    body = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return {"exif": b"Exif\0\0II*\0\x08\0\0\0" + body}
+
+
+@pytest.mark.parametrize("how", ["exif", "bad exif", "xmp"])
+def test_a_photograph_is_turned_as_the_camera_was_held(how: str) -> None:
     rgb = np.zeros((40, 60, 3), np.uint8)
     rgb[:10] = 255  # the top of what the sensor saw is the right side of the picture
-    exif, out = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    Image.fromarray(rgb).save(out, "JPEG", exif=exif, quality=95)
+    out = io.BytesIO()
+    Image.fromarray(rgb).save(out, "JPEG", quality=95, **turned_by(how))
     sample = Sample("0000-000000", {"jpg": out.getvalue(), "cls": b"0"})
     upright = decode_rgb(sample)
     assert upright.shape == (60, 40, 3)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tests.conftest import make_sample
 from tests.valuation_toys import CLASSES, as_samples, colours, write_shards
 from utilgen_cli.classification.data import load_images
 from utilgen_cli.runtime import signals
@@ -19,7 +20,7 @@ from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, U
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.writer import write_shard
 from utilgen_cli.valuation.canary import auroc, verdict
-from utilgen_cli.valuation.inputs import load_value_data
+from utilgen_cli.valuation.inputs import load_value_data, native_size
 from utilgen_cli.valuation.pool import (
     PLANTED,
     REAL,
@@ -256,3 +257,10 @@ def test_more_folds_than_images_are_refused(tmp_path):
     one = DATA.real.subset([0, 3])
     with pytest.raises(UsageError, match="too few real images"):
         train_values(ValueData(one), replace(CONFIG, folds=3), tmp_path)
+
+
+def test_the_side_is_that_of_the_usual_image(tmp_path: Path) -> None:
+    """One icon or banner that sorts first decides nothing."""
+    sides = [8, 30, 30, 32, 200]
+    write_shard(tmp_path / "0.tar", [make_sample(i, size=side) for i, side in enumerate(sides)])
+    assert native_size(open_source([str(tmp_path)])) == 30

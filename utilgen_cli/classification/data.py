@@ -19,13 +19,12 @@ from torch import Tensor
 from ..runtime.device import sent
 from ..runtime.errors import BadInput, NoInput
 from ..runtime.progress import Progress, silent
+from ..shards.classes import note_class, two_names
 
 if TYPE_CHECKING:
     from ..shards.operands import Source
-    from ..shards.sample import Sample
 
 AT_ONCE = 64  # images that are decoded together
-SAME = "All shards of a task need the same classes."
 IN_MEMORY = 1 << 30  # bytes of pixels; beyond it they live in an unlinked temporary file
 
 
@@ -85,7 +84,7 @@ def agree(sets: Sequence[LabelledImages], known: Mapping[int, str] = MappingProx
         for label in sorted(set(range(len(data.classes))) - data.unnamed):
             name = data.classes[label]
             if names.setdefault(label, name) != name:
-                raise _two_names("data", label, name, names[label])
+                raise two_names("data", label, name, names[label])
     for data in sets:
         data.classes, data.unnamed = _all_names(names, len(data.classes))
 
@@ -114,14 +113,14 @@ def load_images(
     with progress("read", None) as task:
         while some := list(itertools.islice(samples, AT_ONCE)):
             for sample in some:
-                _check_label(sample, names, count)
-                labels.append(sample.label)
+                labels.append(note_class(names, sample, count))
                 keys.append(sample.key)
             for rgb in decode_many(some, size, torch.get_num_threads()):
                 pixels.append(rgb)
             task.advance(len(some))
     if not labels:
         raise _empty(source)
+    _refuse_gaps(source, labels)
     return LabelledImages(
         pixels.tensor(),
         torch.tensor(labels, dtype=torch.int64),
@@ -130,13 +129,22 @@ def load_images(
     )
 
 
+def _refuse_gaps(source: Source, labels: list[int]) -> None:
+    """A model has an output for every number up to the highest: a stray one must not cost the
+    machine's memory."""
+    highest, classes = max(labels), len(set(labels))
+    if highest >= 10 * classes + 1000:
+        what, why = str(source.paths[0]), f"class {highest} is the highest of {classes} classes"
+        raise BadInput(what, why, "Number the classes from 0.")
+
+
 def check_labels(source: Source, like: Named) -> dict[int, str]:
     """What `load_images` says of labels and names, without a look at any pixel; the names of all
     classes that have one."""
     names, count = _known(like)
     seen = 0
     for sample in source.samples():
-        _check_label(sample, names, count)
+        note_class(names, sample, count)
         seen += 1
     if not seen:
         raise _empty(source)
@@ -156,19 +164,6 @@ def _known(like: Named | Sequence[str] | None) -> tuple[dict[int, str], int | No
 def _empty(source: Source) -> NoInput:
     what = ", ".join(str(path) for path in source.paths[:3])
     return NoInput(what, "no samples in it", "Name shards made by utilgen pack.")
-
-
-def _check_label(sample: Sample, names: dict[int, str], count: int | None) -> None:
-    label = sample.label
-    if label < 0 or (count is not None and label >= count):
-        raise BadInput(sample.key, f"label {label} is not one of the {count} classes", SAME)
-    name = sample.facts.get("class_name")
-    if name is not None and names.setdefault(label, name) != name:
-        raise _two_names(sample.key, label, name, names[label])
-
-
-def _two_names(where: str, label: int, here: str, before: str) -> BadInput:
-    return BadInput(where, f"class {label} is {here!r} here and {before!r} before", SAME)
 
 
 def _gathered(parts: Iterable[Tensor], like: Tensor, count: int) -> Tensor:

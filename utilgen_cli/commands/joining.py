@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..classification.data import load_images, to_float
+from ..classification.data import Named, load_images, to_float
 from ..diffusion.bundle import find_model, parse_classes, read_defaults
 from ..diffusion.clip import ClipModel, image_image_score, image_text_score, load_clip
 from ..diffusion.datadream import Shots, read_shots
@@ -70,8 +70,9 @@ class Terms:
     ) -> None:
         model, self.quarantine = generator.model, quarantine
         self.aim, self.device, self.classes = aim, model.device, generator.classes
+        self.named: Named = generator
         value = load_value(aim.value, self.device)
-        if not same_classes(value, generator.classes):
+        if not same_classes(value, generator):
             raise BadInput(str(aim.value), "was trained for other classes than the generator's",
                            f"It knows {', '.join(value.classes)}.")  # fmt: skip
         self.climbed, self.judging = split_folds(value)
@@ -84,7 +85,7 @@ class Terms:
         compared = self.aim.set_term != "none" or self.aim.clip_image_weight
         if self.aim.real is None or not compared:
             return torch.empty(0), torch.empty(0)
-        real = load_images(open_source([str(self.aim.real)], self.quarantine), size, self.classes)
+        real = load_images(open_source([str(self.aim.real)], self.quarantine), size, self.named)
         lacking = sorted(set(range(len(self.classes))) - set(real.labels.tolist()))
         if lacking:
             names = ", ".join(self.classes[label] for label in lacking)
@@ -135,11 +136,11 @@ def classes_to_draw(
     return None if facts.get("unnamed") else tuple(facts["classes"])
 
 
-def same_classes(value: ValueModel, classes: Sequence[str]) -> bool:
-    """True if the value model was trained for these classes, as far as it knows their names."""
-    own = [name if i in value.unnamed else mine
-           for i, (mine, name) in enumerate(zip(value.classes, classes, strict=False))]  # fmt: skip
-    return len(value.classes) == len(classes) and own == list(classes)
+def same_classes(a: Named, b: Named) -> bool:
+    """True if both know these classes, as far as both know their names."""
+    pairs = enumerate(zip(a.classes, b.classes, strict=False))
+    same = all(x == y for i, (x, y) in pairs if i not in a.unnamed | b.unnamed)
+    return len(a.classes) == len(b.classes) and same
 
 
 def split_folds(value: ValueModel) -> tuple[ValueModel, ValueModel]:

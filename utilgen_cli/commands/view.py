@@ -29,7 +29,7 @@ def view(
     Example: utilgen view scored/ -o page.html
     """
     from ..report.view import view_page, view_png
-    from ..runtime.errors import UsageError
+    from ..runtime.errors import UsageError, printable
     from ..runtime.files import write_atomic
     from ..runtime.stdout import say
     from ..shards.operands import open_source
@@ -43,7 +43,7 @@ def view(
     if output.suffix == ".png":
         data = view_png(source.samples(), limit, lowest)
     else:
-        named = title or ", ".join(shards or ["standard input"])
+        named = printable(title or ", ".join(shards or ["standard input"]))
         data = view_page(source.samples(), named, limit, lowest).encode()
     tell(aside, "view")
     write_atomic(output, data)

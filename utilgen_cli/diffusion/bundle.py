@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.errors import BadInput, NoInput, UsageError, is_text
 from ..runtime.offline import offline
 
 HUB_IDS = {
@@ -149,12 +149,17 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     if os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)
-        names = Path(text).read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            names = Path(text).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UsageError(f"--classes {text}", "is not UTF-8", "Save it as UTF-8.") from None
     else:
         names = text.split(",")
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UsageError(f"--classes {text}", "holds no class name", "Name them: cat,dog,...")
+    if not is_text("".join(names)):
+        raise UsageError(f"--classes {text}", "is not UTF-8", "Type it in a UTF-8 terminal.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError("--classes", f"names {twice!r} twice", "Name each class once.")

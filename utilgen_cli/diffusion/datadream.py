@@ -23,6 +23,7 @@ from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import seed_everything
+from ..shards.classes import note_class
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
 from .finetune import CHECKPOINT, Figures, finetune
@@ -56,7 +57,10 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True)
 class Shots:
-    """latents float32 [N, variants, C, h, w]; prompt_index, labels int64 [N]."""
+    """latents float32 [N, variants, C, h, w]; prompt_index, labels int64 [N].
+
+    `unnamed` classes have no name in their shards, and stand in `names` by their number.
+    """
 
     latents: Tensor
     prompts: list[str]
@@ -64,15 +68,15 @@ class Shots:
     labels: Tensor
     names: dict[int, str]
     fingerprint: str
+    unnamed: frozenset[int] = frozenset()
 
     def of_class(self, label: int) -> Shots:
         """The shots of one class."""
         rows = torch.nonzero(self.labels == label).flatten()
         index = self.prompt_index[rows]
         print_of = f"{self.fingerprint}-{label}"
-        return Shots(
-            self.latents[rows], self.prompts, index, self.labels[rows], self.names, print_of
-        )
+        part = (self.latents[rows], self.prompts, index, self.labels[rows])
+        return Shots(*part, self.names, print_of, self.unnamed)
 
 
 class DenoisingObjective:
@@ -124,22 +128,26 @@ def read_shots(
     flip: bool = False,
     progress: Progress = silent,
 ) -> Shots:
-    """Encode every real image once. BadInput: none, or one without label."""
+    """Encode every real image once. BadInput: none, one without label, or a class of two names."""
     cache, digest = LatentCache(model, flip), hashlib.blake2b(digest_size=16)
-    prompts, labels, names = [], [], {}
+    prompts, labels = [], []
+    names: dict[int, str] = {}
     with progress("read shots", None) as task:
         for sample in samples:
             signals.check()
             prompts.append(prompt(sample))
-            labels.append(sample.label)
-            names[sample.label] = str(sample.facts.get("class_name", sample.label))
+            labels.append(note_class(names, sample))
             cache.add(sample)
             digest.update(sample.image[1] + prompts[-1].encode())
             task.advance()
     if not labels:
         raise BadInput("shots", "there are none", "Make some with `utilgen pack`.")
     known, index = index_prompts(prompts)
-    return Shots(cache.finish(), known, index, torch.tensor(labels), names, digest.hexdigest())
+    unnamed = frozenset(labels) - set(names)
+    return Shots(
+        cache.finish(), known, index, torch.tensor(labels),
+        names | {label: str(label) for label in unnamed}, digest.hexdigest(), unnamed,
+    )  # fmt: skip
 
 
 def shot_prompt(sample: Sample, tokens: TokenPrompts | None, template: str) -> str:

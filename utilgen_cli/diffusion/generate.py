@@ -90,6 +90,15 @@ def known_classes(config: GenerateConfig) -> list[str]:
     return list(names)
 
 
+def unnamed_classes(config: GenerateConfig) -> frozenset[int]:
+    """The classes that stand among `known_classes` by their number: nobody ever named them."""
+    if config.tokens is not None:
+        return frozenset(read_index(config.tokens).get("unnamed", ()))
+    if config.policy is not None:
+        return frozenset(policy_facts(config.policy).get("unnamed", ()))
+    return frozenset()
+
+
 def warnings_of(config: GenerateConfig, dtype: torch.dtype, init: Path | None = None) -> list[str]:
     """What a user should know before drawing; `init` is a policy as well."""
     learnt = [(f"tokens {p}", read_index(p)) for p in [config.tokens] if p is not None]
@@ -105,6 +114,7 @@ class Generator:
 
     def __init__(self, config: GenerateConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.classes = config, known_classes(config)
+        self.unnamed = unnamed_classes(config)
         self.model = load_model(
             config.model, device=device, dtype=dtype, tokens=config.tokens,
             adapters=config.adapters,
@@ -178,11 +188,12 @@ class Generator:
         """Where the image of `item` comes from: its `json` member."""
         config, (label, image) = self.config, item
         facts = {
-            "class_name": self.classes[label], "prompt": self.prompts[label],
+            "prompt": self.prompts[label],
             "seed": config.seed, "image": image, "steps": self.steps,
             "guidance_scale": self.guidance_scale, "sampler": config.sampler,
             "model": config.model, "source": "generate",
         }  # fmt: skip
+        facts |= {} if label in self.unnamed else {"class_name": self.classes[label]}
         made_with = {"tokens": config.tokens, "policy": config.policy}
         facts |= {name: str(path) for name, path in made_with.items() if path is not None}
         return facts | ({"adapters": [str(a) for a in config.adapters]} if config.adapters else {})

@@ -120,6 +120,7 @@ def learn_policy(
         settings,
         search.state.history,
         summary,
+        generator.unnamed,
     )
 
 

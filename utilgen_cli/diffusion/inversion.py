@@ -173,6 +173,11 @@ def check_classes(shots: Shots, classes: Sequence[str] | None) -> list[str]:
     return list(classes) if classes else names
 
 
+def without_names(shots: Shots, classes: Sequence[str] | None) -> frozenset[int]:
+    """The classes that neither the shards nor the caller have named."""
+    return frozenset() if classes else shots.unnamed
+
+
 def invert_tokens(
     samples: Iterable[Sample],
     out: Path,
@@ -205,6 +210,8 @@ def invert_tokens(
             "loss_before": before, "loss_after": objective.probe(),
             "seconds": round(time.monotonic() - start, 1),
         }  # fmt: skip
+        if unnamed := without_names(shots, config.classes):
+            facts["unnamed"] = sorted(unnamed)
         save_tokens(out, names, objective.theta.detach(), facts)
         remove_checkpoint(out / CHECKPOINT)
     return read_index(out) if (out / INDEX).exists() else {}

@@ -38,6 +38,7 @@ class Policy:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    unnamed: frozenset[int] = frozenset()  # stand in `classes` by their number
 
     def members(self, items: Sequence[tuple[int, int]]) -> list[int]:
         """The member that draws each (class index, image index)."""
@@ -90,6 +91,7 @@ class Policy:
             "settings": self.settings,
             "summary": self.summary,
             "history": self.history,
+            **({"unnamed": sorted(self.unnamed)} if self.unnamed else {}),
         }
         write_json(directory / FACTS, facts)
 
@@ -118,6 +120,7 @@ def load_policy(path: Path | str) -> Policy:
         return Policy(
             embeds, list(facts["classes"]), list(facts["prompts"]), NoiseConfig(**facts["noise"]),
             facts["settings"], facts["history"], facts["summary"],
+            frozenset(facts.get("unnamed", ())),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BadInput(

@@ -26,7 +26,7 @@ from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
 from .finetune import CHECKPOINT, Figures, Watch, finetune
 from .finetune_config import Draw, draw_rows
-from .inversion import InversionConfig, check_classes, mean_error
+from .inversion import InversionConfig, check_classes, mean_error, without_names
 from .load import LatentDiffusion
 from .noise import NoiseConfig
 from .policy import Policy
@@ -116,7 +116,8 @@ def invert_prompts(
         theta = prompts.theta.detach().cpu()
         settings = {**asdict(config), "adapters": [str(path) for path in config.adapters],
                     **learnt_with(config.adapters)}  # fmt: skip
-        Policy(theta, names, texts, NoiseConfig("none"), settings, [], summary).save(out)
+        unnamed = without_names(shots, config.classes)
+        Policy(theta, names, texts, NoiseConfig("none"), settings, [], summary, unnamed).save(out)
         write_json(out / DONE, found)
         remove_checkpoint(out / CHECKPOINT)
     return found

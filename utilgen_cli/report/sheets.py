@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..runtime.errors import printable
+from ..shards.classes import note_class
 from ..shards.images import decode_rgb, encode_image
 from ..shards.sample import IMAGE_TYPES, Sample
 from ..shards.scores import UTILITY, utility_of
@@ -51,13 +52,14 @@ def class_name(sample: Sample) -> str:
 def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:
     """The `limit` highest and lowest of each class by utility; unscored ones in stream order.
 
-    Memory holds 2 x limit samples a class, however many there are.
+    Memory holds 2 x limit samples a class, however many there are. BadInput: a class has two names.
     """
+    names: dict[int, str] = {}
     sheets: dict[int, ClassSheet] = {}
     high: dict[int, list[Shown]] = defaultdict(list)
     low: dict[int, list[tuple[tuple[float, int], Shown]]] = defaultdict(list)
     for place, sample in enumerate(samples):
-        label = sample.label
+        label = note_class(names, sample)
         sheet = sheets.setdefault(label, ClassSheet(class_name(sample), label))
         scored = UTILITY in sample.members
         utility = utility_of(sample) if scored else 0.0
@@ -67,6 +69,7 @@ def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:
         _keep(high[label], shown, limit)
         _keep(low[label], ((-utility, -place), shown), limit)
     for label, sheet in sheets.items():
+        sheet.name = printable(names.get(label, sheet.name), 120)
         sheet.highest = sorted(high[label], reverse=True)
         sheet.lowest = [s for _, s in sorted(low[label], key=lambda e: e[0], reverse=True)]
     return [sheets[label] for label in sorted(sheets)]

@@ -62,6 +62,11 @@ class Stopped(UtilgenError):
     exit_code = ExitCode.STOPPED
 
 
+def is_text(text: str) -> bool:
+    """False where bytes that are no UTF-8 were taken for a name: it could not be written again."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def printable(text: str, longest: int = LONGEST) -> str:
     """One terminal-safe line: control characters are escaped, so that no name can run anything.
 

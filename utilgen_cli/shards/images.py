@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .sample import IMAGE_TYPES, BadSample, Sample
 
@@ -18,6 +18,11 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 16
 MAX_THREADS = 8  # each may hold a picture of MAX_PIXELS
 ORIENTATION = 0x0112  # the Exif tag: a camera that was held on its side
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of PIL's is ever asked
 STILL = ("MPO",)  # a photograph with a second picture behind it, as some cameras make them
 
@@ -69,8 +74,8 @@ def _decode(sample: Sample, kind: str, data: bytes, size: int | None) -> np.ndar
         _check_shape(sample, kind, image)
         if size is not None:
             image.draft("RGB", (2 * size, 2 * size))
-        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
-        rgb = to_rgb(ImageOps.exif_transpose(image) if turned else image)
+        image.load()
+        rgb = to_rgb(upright(image))
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -80,6 +85,16 @@ def _decode(sample: Sample, kind: str, data: bytes, size: int | None) -> np.ndar
         reason = "truncated image" if cut else "corrupt image"
         raise sample.bad(f"its {kind} is {'cut off' if cut else 'not decodable'}", reason) from None
     return np.asarray(rgb if size is None else square(rgb, size))
+
+
+def shorter_side(sample: Sample) -> int:
+    """In pixels, by the image's header alone. BadSample: no image, or none that PIL knows."""
+    kind, data = sample.image
+    try:
+        with _quietly():
+            return min(Image.open(io.BytesIO(data), formats=FORMATS).size)
+    except Exception:  # PIL raises whatever the bytes make it stumble on
+        raise sample.bad(f"its {kind} is not decodable", "corrupt image") from None
 
 
 def check_images(sample: Sample) -> None:
@@ -128,12 +143,21 @@ def _int(view: memoryview, at: int) -> int:
     return int.from_bytes(view[at : at + 4], "big")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its Exif (or XMP) says. `ImageOps.exif_transpose` writes all of the Exif anew, and
+    fails where any other tag makes no sense."""
+    try:
+        turn = TURNED.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever the bytes of a tag make PIL stumble on: they say nothing
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB: 16-bit grey is scaled down, transparency is laid on white."""
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # a PNG of 16 bits, dark or not
         grey = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if grey.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from ..runtime.errors import BadInput
+from ..runtime.errors import BadInput, is_text
 from ..runtime.files import encode_json
 
 __all__ = ["IMAGE_TYPES", "BadSample", "Sample", "check_key", "encode_json", "numbered_key"]
@@ -60,7 +60,8 @@ class Sample:
             return {}
         facts = self.parsed("json")
         for name, kinds in TEXTS.items():
-            if not isinstance(facts.get(name), kinds):
+            value = facts.get(name)
+            if not isinstance(value, kinds) or (isinstance(value, str) and not is_text(value)):
                 raise self.bad(f"the {name} in its json is no text")
         named = facts.pop("class_name", None)
         return facts if named is None else {**facts, "class_name": str(named)}

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from functools import partial
 
 from ..classification.data import agree, concatenate, load_images
 from ..classification.models import build_classifier
 from ..runtime.progress import Progress, silent
-from ..shards.images import decode_rgb
+from ..shards.images import shorter_side
 from ..shards.operands import Source, open_source
 from ..shards.quarantine import Quarantine
 from .training import ValueData
 
 SMALLEST = 8  # pixels: below that the small CNN has nothing to pool
 LARGEST = 224  # default side in pixels where the images are larger
+LOOKED_AT = 256  # images whose sides are looked at
 
 
 def native_size(source: Source) -> int:
-    """The shorter side of the first image, from SMALLEST to LARGEST."""
-    for sample in source.samples():
-        return max(SMALLEST, min(LARGEST, *decode_rgb(sample).shape[:2]))
-    return LARGEST
+    """The shorter side of the usual image (the median of the first ones), SMALLEST to LARGEST."""
+    sides = [shorter_side(sample) for sample in itertools.islice(source.samples(), LOOKED_AT)]
+    return max(SMALLEST, min(LARGEST, int(statistics.median_low(sides or [LARGEST]))))
 
 
 def load_value_data(

@@ -17,6 +17,7 @@ from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_rgb
 from ..shards.sample import Sample
+from ..shards.classes import note_class
 from ..shards.scores import score_of, unpack_features
 
 Describe = Callable[[list[np.ndarray]], np.ndarray]  # uint8 [H, W, 3] each -> float32 [N, D]
@@ -43,6 +44,7 @@ class SamplePool:
         self._group, self._digest, self._offset = array("q"), array("q"), array("q")
         self._utility, self._agreed = array("d"), array("b")  # agreed: yes, no, or -1: unknown
         self._end = 0
+        self._names: dict[int, str] = {}
         self.featured = 0  # samples with features of the value model
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class SamplePool:
         return found.astype(bool)
 
     def add(self, sample: Sample) -> None:
-        """Keep one scored sample. BadInput if it was not scored."""
+        """Keep one scored sample. BadInput: it was not scored, or its class has another name."""
         score = score_of(sample)
         extension, image = sample.image
         facts = sample.facts
@@ -90,7 +92,7 @@ class SamplePool:
         self.featured += features is not None
         self._file.write(head_bytes)
         self._file.write(image)
-        self._label.append(sample.label)
+        self._label.append(note_class(self._names, sample))
         self._group.append(_hash64(f"{sample.label}\0{head['prompt'] or ''}".encode()))
         self._digest.append(_hash64(image))
         self._utility.append(score["utility"])
