@@ -75,7 +75,7 @@ def test_few_step_solvers_draw_what_the_diffusers_pipeline_draws(
 
 @given(
     steps=st.integers(1, 120),
-    spacing=st.sampled_from(["leading", "trailing", "linspace"]),
+    spacing=st.sampled_from(["leading", "trailing"]),
     offset=st.sampled_from([0, 1]),
     to_one=st.booleans(),
     prediction=st.sampled_from(PREDICTIONS),
@@ -84,6 +84,9 @@ def test_few_step_solvers_draw_what_the_diffusers_pipeline_draws(
 def test_a_chain_of_steps_is_the_chain_of_ddim_scheduler(
     steps: int, spacing: str, offset: int, to_one: bool, prediction: str
 ) -> None:
+    """Wherever that one ends a step at the timestep that it takes next."""
+    if spacing == "trailing":
+        steps = max(n for n in range(1, steps + 1) if 1000 % n == 0)
     theirs = make_scheduler(
         prediction, timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one
     )
@@ -97,6 +100,16 @@ def test_a_chain_of_steps_is_the_chain_of_ddim_scheduler(
         x = ddim.ddim_step(x, eps, t, t_prev, alphas)
         assert torch.allclose(x, y, rtol=1e-4, atol=1e-4)
         x = y
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 5, 7, 25])
+def test_a_step_ends_where_the_next_begins(spacing: str, steps: int) -> None:
+    """Else the model is told of less noise than it is shown: `linspace`, the spacing of a bundle
+    that was saved with Euler or DPM++, has no stride of T / steps."""
+    transitions = ddim.ddim_transitions(make_scheduler(timestep_spacing=spacing), steps)
+    starts, ends = ([pair[i] for pair in transitions] for i in (0, 1))
+    assert ends == [*starts[1:], -1] and len(set(starts)) == steps
 
 
 @given(t=st.integers(1, 999), t_prev=st.integers(-1, 998))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import Run, tar_bytes
+from .conftest import ROOT, Run, tar_bytes
 from .random_bundle import make_bundle
 from .test_preference_training import LORA, pairs
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS = ["--steps", "3", "--lr", "1e-3", "--warmup", "0", "--beta", "10", "--loss"]
 
 
@@ -26,16 +27,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     (tmp_path / "pairs.tar").write_bytes(tar_bytes(pairs(12)))
     command = ["dpo", "pairs.tar", "-m", str(bundle), *OPTIONS, loss]
     utilgen(*command, "--batch-size", "8", "-o", "one")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
     both = subprocess.run(
-        [*torchrun, "-m", "utilgen_cli", *command, "--batch-size", "4", "-o", "two"],
+        [*TORCHRUN, "-m", "utilgen_cli", *command, "--batch-size", "4", "-o", "two"],
         cwd=tmp_path, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert both.returncode == 0, both.stderr.decode()
@@ -44,3 +37,20 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
     assert sum(float(t.abs().sum()) for k, t in one.items() if k.endswith("up.weight")) > 0
+
+
+DECIDE = """
+import sys, torch
+from utilgen_cli.runtime import distributed
+rank, _ = distributed.init()
+figures = distributed.as_the_first({"dL_w": 0.1 + rank, "dL_l": 1e-300}, torch.device("cpu"))
+print(rank, figures["dL_w"], figures["dL_l"])
+"""
+
+
+def test_all_processes_decide_by_the_figures_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "decide.py").write_text(DECIDE)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*TORCHRUN, "decide.py"], cwd=tmp_path, env=environment, check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    assert sorted(done.stdout.splitlines()) == ["0 0.1 1e-300", "1 0.1 1e-300"]

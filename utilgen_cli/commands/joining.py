@@ -78,7 +78,7 @@ class Terms:
         self.climbed, self.judging = split_folds(value)
         self.clip: ClipModel = load_clip(aim.clip or model.clip or DEFAULT_CLIP, self.device)
         self.texts = [model.template.replace("{}", name) for name in generator.classes]
-        self.shots, self.shot_labels = self._shots(model.size)
+        self.size = model.size
 
     def _shots(self, size: int) -> tuple[Tensor, Tensor]:
         """The images that terms compare with; none where no term does."""
@@ -94,8 +94,10 @@ class Terms:
         return to_float(real.images).to(self.device), real.labels.to(self.device)
 
     def terms(self) -> list[Term]:
-        """The objective first; terms of weight 0 are left out."""
+        """The objective first; terms of weight 0 are left out. What they compare with is looked at
+        here, and let go of."""
         aim, features = self.aim, self.climbed.classifiers[0].features
+        shots, shot_labels = self._shots(self.size)
         by_text = image_text_score(self.clip, self.texts)
         terms = [
             Term(aim.objective, 1.0, make_objective(aim.objective, self.climbed.judge, by_text))
@@ -103,16 +105,16 @@ class Terms:
         if aim.clip_weight:
             terms.append(Term("clip_text", aim.clip_weight, by_text))
         if aim.clip_image_weight:
-            by_image = image_image_score(self.clip, self.shots, self.shot_labels)
+            by_image = image_image_score(self.clip, shots, shot_labels)
             terms.append(Term("clip_image", aim.clip_image_weight, by_image))
         if aim.diversity:
             terms.append(Term("spread", aim.diversity, spread(features)))
         if aim.set_term == "coverage":
-            term = coverage(features, self.shots, self.shot_labels)
+            term = coverage(features, shots, shot_labels)
             terms.append(Term("coverage", aim.set_weight, term))
         if aim.set_term == "gradient-match":
             snapshots = [cast(Any, s).classifiers[0] for s in self.climbed.snapshots]
-            term = gradient_match(snapshots, self.shots, self.shot_labels)  # type: ignore[arg-type]
+            term = gradient_match(snapshots, shots, shot_labels)  # type: ignore[arg-type]
             terms.append(Term("gradient_match", aim.set_weight, term))
         return terms
 

@@ -41,9 +41,13 @@ def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
 
 
 def ddim_transitions(scheduler: Any, steps: int) -> list[tuple[int, int]]:
-    """The (t, t_prev) pairs of a run, descending; the last t_prev is -1, the end of the chain."""
-    stride = scheduler.config.num_train_timesteps // steps
-    return [(t, max(t - stride, -1)) for t in ddim_timesteps(scheduler, steps)]
+    """The (t, t_prev) pairs of a run, descending; the last t_prev is -1, the end of the chain.
+
+    Each step ends where the next one begins. diffusers' DDIMScheduler goes T / steps down instead,
+    which is another place where a bundle spaces its timesteps as `linspace` does.
+    """
+    timesteps = ddim_timesteps(scheduler, steps)
+    return list(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
 
 def chain_alphas(scheduler: Any) -> Tensor:

@@ -39,7 +39,7 @@ from .finetune_config import (
 
 Figures = dict[str, float]
 CHECKPOINT = "checkpoint.safetensors"
-SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 60.0  # seconds, where saving takes no more than a twentieth of them
 MAX_LOST = 3  # steps in a row that half precision may lose
 
 
@@ -155,7 +155,7 @@ class Finetuning:
         if watch is None:
             return {}
         with self.final_weights():
-            figures = watch.validate()
+            figures = distributed.as_the_first(watch.validate(), self.device)
             if watch.score(figures) > max(map(watch.score, result.history), default=-math.inf):
                 self.best = [p.detach().clone() for p in self.parameters]
                 result.best_step = result.steps
@@ -250,7 +250,7 @@ def finetune(
         run.resume(checkpoint, fingerprint)
     if run.result.steps == 0:
         run.look()
-    saved = time.monotonic()
+    saved, wait = time.monotonic(), SAVE_EVERY
     with progress(description, config.steps) as task, signals.deferred():
         task.advance(run.result.steps)
         while run.result.steps < config.steps and run.result.stopped is None:
@@ -258,9 +258,11 @@ def finetune(
             if due(run.result.steps, config):
                 task.advance(0, **{f"held-out {name}": v for name, v in run.look().items()})
             stop = distributed.stop_anywhere(run.device)
-            if checkpoint is not None and (stop or time.monotonic() - saved > SAVE_EVERY):
+            if checkpoint is not None and (stop or time.monotonic() - saved > wait):
+                began = time.monotonic()
                 run.save(checkpoint, fingerprint)
                 saved = time.monotonic()
+                wait = max(SAVE_EVERY, 20 * (saved - began))
             if stop:
                 distributed.raise_stopped()
     return run.finish()

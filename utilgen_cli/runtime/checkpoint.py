@@ -42,27 +42,29 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
 
     A non-finite float tensor is refused: a NaN must never be what a run resumes from.
     """
-    refuse_non_finite("checkpoint", tensors)
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with signals.saving():
+        refuse_non_finite("checkpoint", tensors)
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         body = save(plain, {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
+        del plain
         if path.exists():
             path.replace(previous(path))
-        write_atomic(path, body + hashlib.sha256(body).digest())
+        write_atomic(path, body, hashlib.sha256(body).digest())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole checkpoint at `path`, or the one before if it is torn, or None."""
     for candidate in (path, previous(path)):
         if candidate.exists():
-            found = _read(candidate.read_bytes())
+            found = _read(candidate)
             if found is not None:
                 return found
     return None
 
 
-def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    body, digest = data[:-32], data[-32:]
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    with path.open("rb") as file:  # in two parts: a slice of all would be a second copy
+        body, digest = file.read(max(0, path.stat().st_size - 32)), file.read()
     if hashlib.sha256(body).digest() != digest:
         return None
     try:

@@ -28,6 +28,16 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
         tensor /= dist.get_world_size()
 
 
+def as_the_first(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The figures of the first process, in all: GPUs of two kinds round differently, and a decision
+    must be one."""
+    if world()[1] == 1:
+        return figures
+    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    dist.broadcast(values, 0)
+    return dict(zip(figures, values.tolist(), strict=True))
+
+
 def stop_anywhere(device: torch.device) -> bool:
     """True if a stop signal reached any of the processes."""
     if world()[1] == 1:

@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 from .errors import UtilgenError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` never holds a part of it."""
+def write_atomic(path: Path, *data: bytes) -> None:
+    """Write `data`, one after the other, so that `path` never holds a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(path, path.with_name(f".{path.name}.tmp")) as f:
-        f.write(data)
+        f.writelines(data)
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import numpy as np
 from ..runtime.errors import BadInput
 from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
+from ..shards.classes import note_class
 from ..shards.images import decode_rgb
 from ..shards.sample import Sample
-from ..shards.classes import note_class
 from ..shards.scores import score_of, unpack_features
 
 Describe = Callable[[list[np.ndarray]], np.ndarray]  # uint8 [H, W, 3] each -> float32 [N, D]
