@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from utilgen_cli.commands.dpo import dpo
 from utilgen_cli.diffusion.finetune_config import (
     FinetuneConfig,
     make_optimizer,
@@ -82,6 +83,17 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], code: int, says: 
     with pytest.raises(UtilgenError, match=re.escape(says)) as caught:
         PreferenceConfig("tiny", **settings)
     assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"full": True, "rank": 4}, "--full of all weights"),
+     ({"init": Path("a"), "rank": 4}, "--init has one of its own"),
+     ({"desirable": "above:0"}, "is for --loss kto")],
+)  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        dpo(Path("out"), **options)
 
 
 def test_schedules_and_optimisers_that_are_not_there() -> None:

@@ -292,18 +292,18 @@ def test_other_adapters_than_prompts_and_tokens_were_learnt_with_are_told(
     utilgen(*learnt, "tokens")
     for kind, name in (("policy", "prompts"), ("tokens", "tokens")):
         drawn = ["generate", f"--{kind}", name, *model]
-        line = f"warning: {kind} {name} was learnt with ['lora'], and is drawn with []"
+        line = f"warning: {kind} {name} was learnt with adapter lora, and is drawn with no adapter"
         assert line in utilgen(*drawn, f"{name}-without").stderr.decode()
         assert b"warning" not in utilgen(*drawn, f"{name}-with", "--adapter", "lora").stderr
     begun = ["ilpo", "--clip", "clip", "--init", "prompts", "--iterations", 0, *model]
-    assert b"policy prompts was learnt with ['lora']" in utilgen(*begun, "a").stderr
+    assert b"policy prompts was learnt with adapter lora" in utilgen(*begun, "a").stderr
     utilgen(*begun, "b", "--adapter", "lora", "--save-policy", "kept")
     kept = ["generate", "--policy", "kept", *model]
     assert b"warning" not in utilgen(*kept, "c", "--adapter", "lora").stderr
-    assert b"policy kept was learnt with ['lora']" in utilgen(*kept, "d").stderr
+    assert b"policy kept was learnt with adapter lora" in utilgen(*kept, "d").stderr
     utilgen("lora", "real.tar", *model, "lora", "--seed", 1, "--overwrite")
     changed = utilgen(*kept, "e", "--adapter", "lora").stderr
-    assert b"['lora'] changed since policy kept was learnt with it" in changed
+    assert b"adapter lora changed since policy kept was learnt with it" in changed
     utilgen(
         "invert", "real.tar", *model, "plain"
     )  # what came after the tokens may be drawn with them

@@ -108,6 +108,9 @@ def test_nearest_by_clip_and_its_refusals(utilgen: Run, tmp_path: Path) -> None:
     ):  # fmt: skip
         failed = utilgen(*nearest, *options, check=False)
         assert failed.returncode == 2 and says in failed.stderr
+    for options in (["--clip", clip], ["--match", "grey"]):
+        failed = utilgen("pairs", "scored.tar", *options, check=False)
+        assert failed.returncode == 2 and b"is for --strategy nearest" in failed.stderr
 
 
 def test_value_score_writes_what_nearest_compares(utilgen: Run, tmp_path: Path) -> None:

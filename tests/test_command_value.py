@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import tar_bytes
 from tests.valuation_toys import as_samples, colours, write_shards
+from utilgen_cli.shards.writer import write_shard
 
 TRAIN = ("--steps", "12", "--folds", "2", "--snapshots", "1", "-q")
 
@@ -82,7 +83,23 @@ def test_select_and_lookahead(world, utilgen):
     )  # fmt: skip
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
         assert len(tar.getnames()) == 4 * 6
-    assert json.loads(done.stderr.splitlines()[-1])["lookahead"]["samples"] == 30
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert summary["lookahead"]["samples"] == 30
+    assert (summary["all"]["samples"], summary["passed"]) == (30, 6)
+
+
+def test_what_was_passed_on_is_told(world, utilgen, tmp_path):
+    samples = as_samples(colours(5, 9))
+    for number, sample in enumerate(samples):
+        del sample.members["json"]
+        sample.members["cls"] = b"%d" % ((sample.label + number % 2) % 3)
+    write_shard(tmp_path / "half.tar", samples)
+    options = ["--value", world / "value", "--real", world / "real", "--val", world / "val"]
+    done = utilgen("value", "score", "half.tar", *options, "--agreed", "--lookahead")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        passed = len(tar.getnames()) // 3
+    assert 0 < passed < 15 and f"{passed} of 15 passed on" in done.stderr.decode()
+    assert b"points of accuracy" in done.stderr
 
 
 def test_train_prints_json_and_is_done_the_second_time(commands, world):
@@ -99,12 +116,11 @@ def test_train_prints_json_and_is_done_the_second_time(commands, world):
         (["score", "OTHER", "--value", "VALUE"], 65, "the value model knows 3 classes"),
         (["train", "--real", "SYNTH", "-o", "x", "--meta-gradient", "y"], 2, "jvp or exact-double"),
         (["train", "--real", "SYNTH", "-o", "x", "--folds", "1"], 2, "Add --val"),
+        (["train", "--real", "SYNTH", "-o", "x", "--pretrained"], 2, "no weights of small-cnn"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_that_says_what_to_do(world, utilgen, tmp_path, args, code, line):
     other = as_samples(colours(1, 5))[0].with_member("cls", b"7")
-    from utilgen_cli.shards.writer import write_shard
-
     write_shard(tmp_path / "other.tar", [other])
     names = {"SYNTH": world / "synth", "VALUE": world / "value", "OTHER": "other.tar"}
     done = utilgen("value", *(names.get(a, a) for a in args), "-q", check=False)

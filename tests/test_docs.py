@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import DATA, ROOT, Run
+from utilgen_cli.shards.images import decode_member
+from utilgen_cli.shards.operands import open_source
+
+from .conftest import DATA, ROOT, Run, make_sample, tar_bytes
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -149,3 +152,19 @@ def test_quickstart_is_short_and_sound(bash: Run) -> None:
     script = ROOT / "examples" / "quickstart.sh"
     assert len(script.read_text().splitlines()) < 60
     assert bash(f"bash -n {script}").returncode == 0
+
+
+def test_a_scorer_of_ones_own_is_what_the_page_shows(utilgen: Run, tmp_path: Path) -> None:
+    """The program of docs/streams.md, between a command that draws and one that pairs."""
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/streams.md").read_text(), re.S)
+    drawn = tar_bytes(make_sample(i, i % 2) for i in range(16))
+    (tmp_path / "bright.py").write_text(program)
+    scored = subprocess.run(
+        [sys.executable, "bright.py"], input=drawn, capture_output=True, cwd=tmp_path, check=True
+    ).stdout
+    utilgen("pairs", "-o", "pairs", "-q", input=scored)
+    found = list(open_source([str(tmp_path / "pairs")]).samples())
+    assert len(found) == 4
+    for pair in found:
+        means = [decode_member(pair, n, pair.members[n]).mean() for n in ("win.png", "lose.png")]
+        assert means[0] > means[1]

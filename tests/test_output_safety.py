@@ -250,7 +250,7 @@ def test_a_list_from_a_spreadsheet_may_begin_with_a_mark(tmp_path: Path) -> None
 def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "dir.html").mkdir()
-    for name in ("file.txt", "dir.html"):
+    for name in ("file.txt", "dir.html", "none.txt"):
         with pytest.raises(UsageError, match="--report"):
             prepare_report(tmp_path / name)
     prepare_report(tmp_path / "new" / "page.html")

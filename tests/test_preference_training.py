@@ -314,6 +314,19 @@ def figures(*triples: tuple[float, float, float]) -> list[dict[str, float]]:
     return [{"separation": s, "dL_w": w, "dL_l": lo} for s, w, lo in triples]
 
 
+def test_the_margin_of_one_pair_is_its_own_measure() -> None:
+    """It has no spread; what it was divided by then made 30 millions of it."""
+    objective: Any = object.__new__(PreferenceObjective)
+    objective.beta, objective.held_out = 1.0, torch.arange(2)
+    objective._losses = lambda *_: torch.zeros(2)
+    objective._sides = lambda dL, rows: (dL[..., :1], dL[..., 1:])
+    objective._margins = lambda dL_w, dL_l: dL_l - dL_w
+    seen = objective._figures(torch.tensor([[-0.2, 0.1]]), torch.ones(2), torch.zeros(2))
+    assert seen["separation"] == pytest.approx(1.0) and seen["accuracy"] == 1.0
+    level = objective._figures(torch.zeros(1, 2), torch.ones(2), torch.zeros(2))
+    assert level["separation"] == 0.0
+
+
 def test_what_counts_as_degrading() -> None:
     objective = object.__new__(PreferenceObjective)
     start, good = (0.0, 0.0, 0.0), (0.5, -0.01, 0.02)

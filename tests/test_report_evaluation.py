@@ -132,6 +132,9 @@ def test_the_table_has_a_row_an_arm_and_no_colour_in_a_pipe(found: Comparison) -
     for arm in found.summary["arms"]:
         assert fig.mean_std(arm["accuracy"]) in rows[arm["name"]]
     assert "no test image was found" in text
+    assert (
+        "price" in text and fig.money(found.summary["synthetic"]["after"]["cost"]["price"]) in text
+    )
     shape = found.summary["synthetic"]["after"]["distribution"]
     assert f"features of {shape['extractor']}: 24 images beside 18;" in text
     assert f"{shape['diversity']:.2f}" in rows["after"].split()

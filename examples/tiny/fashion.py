@@ -8,13 +8,15 @@ official test images are only ever tested on.
 from __future__ import annotations
 
 import gzip
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-SOURCE = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
+SOURCE = Path(os.environ.get("FASHION", "/usr/share/datasets/fashion-mnist"))
 SIZE = 32  # 28 x 28 images, padded by two black pixels a side
 
 CLASSES = (
@@ -35,6 +37,9 @@ def read_idx(path: Path) -> np.ndarray:
 
 def load(part: str, source: Path = SOURCE) -> tuple[torch.Tensor, torch.Tensor]:
     """Images uint8 [N, 32, 32] (padded) and labels int64 [N] of `train` or `t10k`."""
+    if not source.is_dir():
+        sys.exit(f"{source} is not there: apt install dataset-fashion-mnist, or set FASHION=DIR to "
+                 "a directory with its four .gz files")  # fmt: skip
     images = torch.from_numpy(read_idx(source / f"{part}-images-idx3-ubyte.gz").copy())
     labels = torch.from_numpy(read_idx(source / f"{part}-labels-idx1-ubyte.gz").astype(np.int64))
     return F.pad(images, (2, 2, 2, 2)), labels

@@ -7,6 +7,7 @@ with respect to the images, so that utility can be pushed back into a generator.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ def build_classifier(
         if is_clip(arch):
             return _clip_classifier(arch, num_classes)
         return _timm_classifier(arch, num_classes, image_size, pretrained)
+
+
+def refuse_pretrained(archs: Sequence[str], pretrained: bool) -> None:
+    """UsageError where nobody has weights to start from."""
+    if pretrained and set(archs) <= {SMALL_CNN}:
+        raise UsageError("--pretrained", f"there are no weights of {SMALL_CNN}",
+                         "Name a timm model with --arch.")  # fmt: skip
 
 
 def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: bool) -> Classifier:

@@ -39,10 +39,13 @@ def check(
     found = check_shards(shards, reporter(quiet), remove, aside)
     tell(aside, "check")
     summary = {"shards": found.shards, "samples": found.samples, "broken": found.broken}
+    summary |= {"removed": found.removed} if remove else {}
     summary |= aside.summary()
     whole = f"checked {found.shards} shards, {found.samples} samples"
     report(summary, as_json, "" if found.broken else whole, to_stdout=True)
     if found.broken:
         first = found.broken[0]
         remedy = "Run the command that made it again; --remove takes away what utilgen made."
+        if found.removed:
+            remedy = f"Removed {found.removed} shards; run the command that made them again."
         raise BadInput(first["shard"], first["why"].removeprefix(f"{first['shard']}: "), remedy)

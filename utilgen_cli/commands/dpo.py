@@ -17,9 +17,10 @@ Loss = Annotated[
     str, typer.Option(help="dpo, ipo, or kto (each image by itself: scored samples do as well).")
 ]
 Desirable = Annotated[
-    str,
+    str | None,
     typer.Option(help="Which scored samples kto wants: quantile:Q (the upper share of a class, and "
-                 "the lower one not) or above:U (utility; above:0 is the sign)."),
+                 "the lower one not) or above:U (utility; above:0 is the sign). "
+                 "Default: quantile:0.25."),
 ]  # fmt: skip
 Beta = Annotated[
     float,
@@ -43,7 +44,7 @@ def dpo(
     reference: Reference = "base",
     loss: Loss = "dpo",
     beta: Beta = 2500.0,
-    desirable: Desirable = "quantile:0.25",
+    desirable: Desirable = None,
     rank: Rank = None,
     full: Full = False,
     steps: t.Steps = 200,
@@ -80,13 +81,18 @@ def dpo(
 
     if init is not None and rank is not None:
         raise UsageError("--rank", "--init has one of its own", "Leave one of them out.")
+    if full and rank is not None:
+        raise UsageError("--rank", "is of LoRA, --full of all weights", "Leave one of them out.")
+    if loss != "kto" and desirable is not None:
+        raise UsageError("--desirable", "is for --loss kto", "Add it, or leave this out.")
     finetune = FinetuneConfig(
         steps, batch_size, learning_rate, schedule, warmup, gradient_accumulation=accumulation,
         ema=ema, optimizer=optimizer, seed=seed,
     )  # fmt: skip
     summary = t.train_command(
         "dpo", train_preference, DONE,
-        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta, desirable,
+        lambda name: PreferenceConfig(name, tokens, init, reference, loss, beta,
+                                      desirable or "quantile:0.25",
                                       rank or 16, full, flip, checkpointing,
                                       t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,

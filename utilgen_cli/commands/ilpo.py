@@ -85,7 +85,7 @@ def ilpo(
     name = model_named(model, tokens)
     config = GenerateConfig(
         name, seed, tokens, tuple(adapter or ()), None,
-        classes_to_draw(classes, name, tokens, value), None, steps, guidance_scale,
+        classes_to_draw(classes, name, tokens, value, init), None, steps, guidance_scale,
         batch_size=batch_size, compile=compile,
     )  # fmt: skip
     search = SearchConfig(

@@ -22,7 +22,7 @@ from ..diffusion.image_gradients import Term
 from ..diffusion.instance import InstanceConfig, PolicyGenerator, learn_policy
 from ..diffusion.noise import Calls, counted
 from ..diffusion.objectives import make_objective
-from ..diffusion.policy import FACTS, Policy, load_policy
+from ..diffusion.policy import FACTS, Policy, load_policy, policy_facts
 from ..diffusion.prompt_search import Labeller
 from ..diffusion.set_terms import coverage, gradient_match, spread
 from ..runtime import signals
@@ -73,8 +73,8 @@ class Terms:
         self.named: Named = generator
         value = load_value(aim.value, self.device)
         if not same_classes(value, generator):
-            raise BadInput(str(aim.value), "was trained for other classes than the generator's",
-                           f"It knows {', '.join(value.classes)}.")  # fmt: skip
+            raise BadInput(str(aim.value), "was trained for other classes than are to be drawn",
+                           f"Add --classes {','.join(value.classes)}.")  # fmt: skip
         self.climbed, self.judging = split_folds(value)
         self.clip: ClipModel = load_clip(aim.clip or model.clip or DEFAULT_CLIP, self.device)
         self.texts = [model.template.replace("{}", name) for name in generator.classes]
@@ -129,11 +129,16 @@ class Terms:
 
 
 def classes_to_draw(
-    given: str | None, model: str, tokens: Path | None, value: Path
+    given: str | None, model: str, tokens: Path | None, value: Path, init: Path | None = None
 ) -> tuple[str, ...] | None:
-    """`--classes`; those of the value model where neither the bundle nor tokens name any."""
-    if given or tokens is not None or read_defaults(find_model(model)).get("classes"):
+    """`--classes`; those of the policy to begin with; those of the value model where neither the
+    bundle nor tokens name any."""
+    if given or tokens is not None:
         return parse_classes(given)
+    if init is not None and (begun := policy_facts(init)) and not begun.get("unnamed"):
+        return tuple(begun.get("classes", ())) or None
+    if read_defaults(find_model(model)).get("classes"):
+        return None
     facts = read_facts(value)
     return None if facts.get("unnamed") else tuple(facts["classes"])
 

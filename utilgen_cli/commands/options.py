@@ -77,7 +77,11 @@ OnError = Annotated[
     str,
     typer.Option(help="Single bad samples: stop at the first, or skip them, counted by reason."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print a machine-readable summary: on stdout of models, eval and "
+                 "check; of streams and shards as the last line of stderr."),
+]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 Verbose = Annotated[
     bool,

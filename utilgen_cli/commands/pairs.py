@@ -21,7 +21,11 @@ def pairs(
         ),
     ] = "top-bottom",
     quantile: Annotated[
-        float, typer.Option(help="Share of a class that can win, and that can lose (to 0.5).")
+        float,
+        typer.Option(
+            help="Share of a class that can win, and that can lose (to 0.5), "
+            "of top-bottom and nearest."
+        ),
     ] = 0.25,
     min_margin: Annotated[float, typer.Option(help="Least difference in utility of a pair.")] = 0.0,
     max_per_class: Annotated[
@@ -66,6 +70,9 @@ def pairs(
     from .quarantining import check_scored, quarantine_of, tell
     from .streams import Listing, report, run_parquet, run_reduction
 
+    if strategy != "nearest" and (clip is not None or match != "auto"):
+        option = f"--match {match}" if clip is None else "--clip"
+        raise UsageError(option, "is for --strategy nearest", "Add it, or leave this out.")
     match = "clip" if clip and match == "auto" else match
     config = PairingConfig(strategy, quantile, min_margin, max_per_class, seed, layout, match)
     found = PairingReport()

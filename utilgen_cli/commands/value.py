@@ -85,6 +85,7 @@ def train(
     is judged on the one held out. The canary (planted wrong labels among real images) says how well
     wrong labels are told; on generated images, which look otherwise, expect less.
     """
+    from ..classification.models import refuse_pretrained
     from ..runtime.device import pick_device
     from ..runtime.progress import reporter
     from ..valuation.todv import ValueConfig
@@ -92,6 +93,7 @@ def train(
     from .training import finish
     from .valuing import smoke_config, train_into, train_lines
 
+    refuse_pretrained([arch], pretrained)
     config = ValueConfig(
         arch=arch, pretrained=pretrained, steps=steps, folds=folds, snapshots=snapshots,
         meta_gradient=meta_gradient, meta_every=meta_every, weight_lr=weight_lr, augment=augment,

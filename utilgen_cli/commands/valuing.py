@@ -84,9 +84,10 @@ def train_lines(facts: dict[str, Any]) -> list[str]:
     from ..valuation.canary import REFUSE, WARN
 
     found = facts["canary"]["auroc"]
+    lines = [f"{facts['arch']} on images of {facts['transform']['size']} pixels a side"]
     if found is None:
-        return ["no canaries could be planted: one class only"]
-    lines = [f"canary: {facts['canary']['planted']} planted wrong labels, AUROC {found:.3f}"]
+        return [*lines, "no canaries could be planted: one class only"]
+    lines += [f"canary: {facts['canary']['planted']} planted wrong labels, AUROC {found:.3f}"]
     if found < REFUSE:
         lines.append("warning: wrong labels rank above right ones; `value score` will refuse this")
     elif found < WARN:
@@ -116,7 +117,7 @@ class ScoreRequest:
             one_process(SHARE)
         check_method(self.method)
         if self.lookahead and not (self.real and self.val):
-            raise UsageError("--lookahead", "needs real images to fine-tune and validate on",
+            raise UsageError("--lookahead", "needs real images to train and validate on",
                              "Add --real and --val.")  # fmt: skip
         if not self.lookahead and (self.real or self.val):
             raise UsageError("--real, --val", "serve --lookahead only", "Add --lookahead.")
@@ -153,6 +154,8 @@ def run_scoring(
                    request.output, "value score", settings, request.overwrite, listing,
                    request.part, tallies)  # fmt: skip
     summary = scorer.summary() | request.aside.summary()
+    if request.select:
+        summary["passed"] = min(summary["passed"], request.select)
     if request.lookahead and not once:  # all of the set, also where a rerun scored only the rest
         deque(aside.watch(source.part(request.part).samples()), maxlen=0)
     if aside.heap:
@@ -214,8 +217,11 @@ def score_lines(summary: dict[str, Any], as_json: bool, quiet: bool) -> None:
             "  ".join([f"{name:<{width}}", *(f"{_figure(row[c]):>12}" for c in columns)]),
             file=sys.stderr,
         )
+    if summary["passed"] < summary["all"]["samples"]:
+        print(f"{summary['passed']} of {summary['all']['samples']} passed on", file=sys.stderr)
     if "lookahead" in summary:
         found = summary["lookahead"]
         losses = f"{found['loss_without']:.4f} -> {found['loss_with']:.4f}"
         gain = f"{found['gain']:+.4f} +- {found['standard_error']:.4f}"
-        print(f"set value: validation loss {losses}, gain {gain}", file=sys.stderr)
+        accuracy = f"{100 * found['accuracy_gain']:+.1f} points of accuracy"
+        print(f"set value: validation loss {losses}, gain {gain}; {accuracy}", file=sys.stderr)

@@ -32,10 +32,15 @@ def other_adapters(what: str, facts: object, adapters: Sequence[Path]) -> str | 
     before = facts.get(LEARNT_WITH) if isinstance(facts, dict) else None
     if not isinstance(before, dict) or before.get("contents") in (None, contents(adapters)):
         return None
-    named, now = str(before.get("adapters")), str([str(a) for a in adapters])
+    named, now = (_listed(names) for names in (before.get("adapters"), adapters))
     if named == now:
         return f"warning: {now} changed since {what} was learnt with it"
     return f"warning: {what} was learnt with {named}, and is drawn with {now}"
+
+
+def _listed(adapters: object) -> str:
+    names = adapters if isinstance(adapters, list | tuple) else ()
+    return " and ".join(f"adapter {name}" for name in names) or "no adapter"
 
 
 def rounds_away(adapter: Path, dtype: torch.dtype) -> str | None:

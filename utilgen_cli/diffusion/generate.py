@@ -81,9 +81,10 @@ def known_classes(config: GenerateConfig) -> list[str]:
             why = f"differ from those of {config.tokens}"
             raise UsageError("--classes", why, "Leave --classes out.")
         return list(known)
-    names = config.classes or read_defaults(find_model(config.model)).get("classes")
+    names = config.classes
     if not names and config.policy is not None:
         names = policy_facts(config.policy).get("classes")
+    names = names or read_defaults(find_model(config.model)).get("classes")
     if not names:
         why = "its bundle names no classes"
         raise UsageError(f"model {config.model}", why, "Name them with --classes.")

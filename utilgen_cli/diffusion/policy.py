@@ -60,7 +60,7 @@ class Policy:
             )
         if list(classes) != self.classes:
             raise BadInput(
-                name, "was learnt for other classes", f"It knows {', '.join(self.classes)}."
+                name, "was learnt for other classes", f"Add --classes {','.join(self.classes)}."
             )
 
     def sample(

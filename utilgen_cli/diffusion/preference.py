@@ -172,10 +172,12 @@ class PreferenceObjective:
         dL_w, dL_l = self._sides(dL, self.held_out)
         margin = self._margins(dL_w.mean(0), dL_l.mean(0))
         wins = (margin > 0).float() + 0.5 * (margin == 0).float()
+        # of one pair alone nothing says how far margins lie apart but its own
+        unit = margin.std(correction=0) if len(margin) > 1 else margin.abs().mean()
         values = {
             "loss": torch.stack(losses).mean(),
             "accuracy": wins.mean(),
-            "separation": margin.mean() / margin.std(correction=0).clamp(min=1e-12),
+            "separation": margin.mean() / unit.clamp(min=1e-12),
             "dL_w": dL_w.mean() / L_ref.mean(),
             "dL_l": dL_l.mean() / L_ref.mean(),
             "drift": drift.mean(),

@@ -288,6 +288,8 @@ def _plain(value: object) -> str:
 def prepare_report(path: Path) -> None:
     """Make the report's directory before the work. UsageError: a file stands in its place."""
     page = _is_page(path)
+    if path.suffix and not page and not path.is_dir():
+        raise UsageError(f"--report {path}", "is no page", "Name PAGE.html or a directory.")
     directory = path.parent if page else path
     if path.is_dir() if page else path.is_file():
         why = "is a directory" if page else "is a file, and no page (.html)"

@@ -71,6 +71,11 @@ def null_share(found: Row | None) -> str:
     return f"{percent(null['share'])} [{percent(null['low'])}, {percent(null['high'])}]"
 
 
+def money(price: float | None) -> str:
+    """In whatever the hour was priced in; – where the time is not known."""
+    return "–" if price is None else f"{price:.4f}"
+
+
 def leak_lines(summary: Row) -> list[str]:
     """What was found of the test set in other sets, one line a set that has something.
 

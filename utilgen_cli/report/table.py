@@ -12,6 +12,7 @@ from .figures import (
     images,
     leak_lines,
     mean_std,
+    money,
     null_share,
     p_value,
     percent,
@@ -60,8 +61,9 @@ def arm_table(summary: dict[str, Any]) -> Any:
 
 def synthetic_table(summary: dict[str, Any]) -> Any:
     """A row a synthetic set: why it helps, and what it cost."""
+    priced = summary["protocol"]["price_per_hour"] is not None
     columns = ["set", "helpful, %", "null, %", "agree, %", "prec.", "recall", "dens.",
-               "cover.", "div.", "KID", "FID", "time"]  # fmt: skip
+               "cover.", "div.", "KID", "FID", "time", *["price"] * priced]  # fmt: skip
     rows = []
     for name, s in summary["synthetic"].items():
         d = s.get("distribution")
@@ -72,7 +74,8 @@ def synthetic_table(summary: dict[str, Any]) -> Any:
         ]  # fmt: skip
         influence = s.get("influence")
         rows.append([name, share(influence), null_share(influence), percent(s.get("agreement")),
-                     *figures, duration(s["cost"]["seconds"])])  # fmt: skip
+                     *figures, duration(s["cost"]["seconds"]),
+                     *[money(s["cost"]["price"])] * priced])  # fmt: skip
     return rich_table(
         columns,
         rows,

@@ -25,6 +25,7 @@ class CheckResult:
     shards: int = 0
     samples: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)
+    removed: int = 0
 
 
 def check_shards(
@@ -54,6 +55,7 @@ def check_shards(
                 result.broken.append({"shard": str(shard), "why": f"{error.what}: {error.why}"})
                 if remove and _is_ours(shard):
                     shard.unlink()
+                    result.removed += 1
                     stats_path(shard).unlink(missing_ok=True)
             else:
                 result.samples += len(keys)

@@ -149,7 +149,8 @@ class Scorer:
         for label in sorted(self.classes):
             total.add(self.classes[label])
         rows = {self.value.classes[i]: self.classes[i].row() for i in sorted(self.classes)}
-        return {"method": self.method, "all": total.row(), "classes": rows}
+        passed = total.right if self.agreed else total.samples
+        return {"method": self.method, "all": total.row(), "passed": passed, "classes": rows}
 
 
 def score_samples(
