@@ -10,6 +10,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from utilgen_cli.classification import distribution, metrics
 
+from .largest import Largest
+
 
 def drawn(seed: int = 0, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
@@ -87,6 +89,16 @@ def test_prdc_is_what_the_papers_define() -> None:
         sum(d[i][j] < r_real[i] for i in range(30) for j in range(40)) / (k * 40)
     )
     assert found["coverage"] == pytest.approx(np.mean([min(d[i]) < r_real[i] for i in range(30)]))
+
+
+def test_prdc_in_rows_is_that_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(90, 3, generator=g), 0.8 * torch.randn(70, 3, generator=g) + 0.5
+    whole = distribution.prdc(real, fake)
+    monkeypatch.setattr(distribution, "ROWS", 8)
+    with Largest() as largest:
+        assert distribution.prdc(real, fake) == whole
+    assert largest.elements <= 8 * 90
 
 
 def test_frechet_distance_is_the_formula() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.largest import Largest
 from tests.valuation_toys import as_samples, colours
 from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.sample import Sample, encode_json
-from utilgen_cli.valuation.neighbours import Memory
+from utilgen_cli.valuation import neighbours
+from utilgen_cli.valuation.neighbours import Memory, nearest_others
 from utilgen_cli.valuation.score import Scorer, score_samples
 from utilgen_cli.valuation.select import pick_diverse, shares
 from utilgen_cli.valuation.subset import Aside, Waiting, select_samples
@@ -193,6 +195,17 @@ def test_the_greedy_pick_maximises_the_determinant_at_each_step():
         }
         chosen.append(max(gains, key=gains.__getitem__))
     assert pick_diverse(utilities, features, 4).tolist() == chosen
+
+
+def test_the_nearest_others_in_rows_are_those_of_the_whole_matrix(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.randn(50, 6, generator=g, dtype=torch.float64)
+    features = torch.nn.functional.normalize(drawn, dim=1)
+    whole = 1 - (features @ features.T).fill_diagonal_(-1).amax(1)
+    monkeypatch.setattr(neighbours, "ROWS", 8)
+    with Largest() as largest:
+        torch.testing.assert_close(nearest_others(features), whole)
+    assert largest.elements <= 8 * 50
 
 
 def test_agreed_passes_on_what_is_seen_as_its_class_and_counts_the_rest(value):

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ..runtime.seeds import derive_seed
 
+ROWS = 1024  # of a matrix of distances that stand at once: memory stays linear in the samples
+
 
 def nearest_radii(features: Tensor, k: int) -> Tensor:
     """Distance of each row to its k-th nearest other row: [N, D] -> [N]."""
-    parts = features.split(1024)  # memory stays linear in N
+    parts = features.split(ROWS)
     return torch.cat([torch.cdist(p, features).kthvalue(k + 1, dim=1).values for p in parts])
 
 
@@ -23,13 +25,18 @@ def prdc(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
     """
     k = max(1, min(k, len(real) - 1, len(synthetic) - 1))
     radius_real, radius_synthetic = nearest_radii(real, k), nearest_radii(synthetic, k)
-    distance = torch.cdist(real, synthetic)  # [N, M]
-    inside_real = distance < radius_real[:, None]
+    around = torch.zeros(len(synthetic), dtype=torch.long)  # balls of real samples around each
+    recalled = covered = 0
+    for part, radius in zip(real.split(ROWS), radius_real.split(ROWS), strict=True):
+        distance = torch.cdist(part, synthetic)  # [ROWS, M]
+        around += (distance < radius[:, None]).sum(0)
+        recalled += int((distance < radius_synthetic).any(1).sum())
+        covered += int((distance.amin(1) < radius).sum())
     return {
-        "precision": inside_real.any(0).double().mean().item(),
-        "recall": (distance < radius_synthetic[None]).any(1).double().mean().item(),
-        "density": inside_real.double().sum(0).mean().item() / k,
-        "coverage": (distance.min(1).values < radius_real).double().mean().item(),
+        "precision": (around > 0).double().mean().item(),
+        "recall": recalled / len(real),
+        "density": around.double().mean().item() / k,
+        "coverage": covered / len(real),
     }
 
 

@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 
 MEMORY = 4096  # earlier samples that are remembered
+ROWS = 1024  # of a matrix of similarities that stand at once
+
+
+def nearest_others(features: Tensor) -> Tensor:
+    """Cosine distance of each unit vector to the nearest other one: [M, D] -> [M]."""
+    found, start = [], 0
+    for part in features.split(ROWS):
+        similar = part @ features.T  # [ROWS, M]
+        similar.diagonal(start).fill_(-1)
+        found.append(1 - similar.amax(1))
+        start += len(part)
+    return torch.cat(found)
 
 
 class Memory:

@@ -17,6 +17,7 @@ from ..classification.models import Classifier
 from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
 from ..runtime.progress import Progress, silent
 from .canary import auroc, verdict
+from .neighbours import nearest_others
 from .pool import PLANTED, REAL, VALIDATION, Pool, make_pool
 from .todv import Trajectory, ValueConfig, snapshot_name, train_trajectory
 from .value_model import (
@@ -129,8 +130,7 @@ def reference_tensors(
 def duplicate_distance(reference: dict[str, Tensor]) -> float:
     """A fifth of the usual distance between a real image and its nearest one."""
     features = torch.cat([reference[f"{name}_features"] for name in ("train", "validation")])
-    nearest = 1 - (features @ features.T).fill_diagonal_(-1).amax(1)
-    return round(max(1e-6, 0.2 * nearest.median().item()), 8)
+    return round(max(1e-6, 0.2 * nearest_others(features).median().item()), 8)
 
 
 def features_of(classifier: Classifier, images: Tensor, batch_size: int = 256) -> Tensor:
