@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
@@ -91,12 +94,31 @@ def test_the_share_tells_good_labels_from_shuffled_ones() -> None:
 
     s = inf.direction((x, logits(x)), (xv, logits(xv), yv))
     xs, ys = problem(90, seed=3)
-    found = inf.positive_share([xs], [logits(xs)], ys, [s], shuffles=50)
+    parts = inf.influence_parts(xs, logits(xs), s)
+    found = inf.positive_share(parts, ys, shuffles=50)
     assert found["low"] <= found["share"] <= found["high"]
     assert found["low"] > found["null"]["high"]
     shuffled = ys[torch.randperm(90, generator=torch.Generator().manual_seed(0))]
-    null = inf.positive_share([xs], [logits(xs)], shuffled, [s], shuffles=50)
+    null = inf.positive_share(parts, shuffled, shuffles=50)
     assert null["null"]["low"] <= null["share"] <= null["null"]["high"]
+
+
+def test_means_over_models_are_those_of_the_stack_and_hold_few_models_at_once() -> None:
+    living: list[weakref.ref[torch.Tensor]] = []
+
+    def models() -> Iterator[tuple[torch.Tensor, ...]]:
+        for seed in range(7):
+            assert sum(x() is not None for x in living) <= 2
+            parts = drawn(seed)
+            living.extend(map(weakref.ref, parts[:1]))
+            yield parts
+
+    def drawn(seed: int) -> tuple[torch.Tensor, ...]:
+        g = torch.Generator().manual_seed(seed)
+        return tuple(torch.randn(*n, generator=g, dtype=torch.float64) for n in ((5, 3), (5,)))
+
+    whole = [torch.stack(parts).mean(0) for parts in zip(*map(drawn, range(7)), strict=True)]
+    torch.testing.assert_close(list(inf.mean_over(models())), whole, rtol=1e-14, atol=1e-15)
 
 
 def test_the_temperature_undoes_overconfidence() -> None:

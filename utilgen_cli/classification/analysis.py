@@ -7,6 +7,7 @@ things and are reported as three. Test images have no part in any of them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .arms import digest_images
 from .data import LabelledImages
 from .distribution import compare
 from .evaluation import Run, weights_path
-from .influence import direction, positive_share, temperature
+from .influence import direction, influence_parts, mean_over, positive_share, temperature
 from .models import Classifier, load_classifier
 from .train import extract_features
 
@@ -87,19 +88,21 @@ class Analyst:
 
     def _judge(self, synthetic: LabelledImages) -> dict[str, Any]:
         probes = self._load()
-        seen = [probe.see(synthetic) for probe in probes]
-        features, logits = [f for f, _ in seen], [z for _, z in seen]
-        votes = torch.stack([z.softmax(1) for z in logits]).mean(0).argmax(1)
+        first = probes[0].see(synthetic)
+        seen = itertools.chain([first], (probe.see(synthetic) for probe in probes[1:]))
+        votes, a, b = mean_over(
+            (z.softmax(1), *influence_parts(x, z, probe.s))
+            for probe, (x, z) in zip(probes, seen, strict=True)
+        )
+        influence = positive_share((a, b), synthetic.labels)
         arch = self.runs[0].arch
         return {
-            "agreement": (votes == synthetic.labels).double().mean().item(),
+            "agreement": (votes.argmax(1) == synthetic.labels).double().mean().item(),
             "distribution": compare(
-                probes[0].reference, self.reference.labels, features[0], synthetic.labels,
+                probes[0].reference, self.reference.labels, first[0], synthetic.labels,
                 f"{arch} trained on {len(self.real)} real images",
             ),
-            "influence": positive_share(
-                features, logits, synthetic.labels, [probe.s for probe in probes]
-            ),
+            "influence": influence | {"models": len(probes)},
         }  # fmt: skip
 
     def _load(self) -> list[Probe]:

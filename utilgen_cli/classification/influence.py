@@ -10,6 +10,7 @@ and a one for the bias [D+1], p the predicted probabilities, r = p - onehot(y):
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,16 @@ def of_labels(parts: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     return b - a.gather(1, labels[:, None])[:, 0]
 
 
+def mean_over(models: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The mean of each place of the models' tuples; memory does not grow with the models."""
+    sums: tuple[Tensor, ...] = ()
+    count = 0
+    for found in models:
+        sums = tuple(map(torch.add, sums, found)) if sums else found
+        count += 1
+    return tuple(total / count for total in sums)
+
+
 def bootstrap_share(positive: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
     """95 % percentile interval of the share of true entries, by resampling the samples."""
     rng = np.random.default_rng(derive_seed("bootstrap", seed))
@@ -106,30 +117,18 @@ def bootstrap_share(positive: np.ndarray, seed: int = 0, draws: int = 2000) -> t
 
 
 def positive_share(
-    features: list[Tensor],
-    logits: list[Tensor],
-    labels: Tensor,
-    directions: list[Tensor],
-    seed: int = 0,
-    shuffles: int = 200,
+    parts: tuple[Tensor, Tensor], labels: Tensor, seed: int = 0, shuffles: int = 200
 ) -> dict[str, Any]:
-    """Share of samples with positive influence (mean over the models), and its null.
+    """Share of samples with positive influence, and its null; `parts` as of `influence_parts`.
 
-    One entry a model in each list. The null gives every sample the label of another one: what a
-    set with these images but meaningless labels would score, as mean and 95 % range.
+    The null gives every sample the label of another one: what a set with these images but
+    meaningless labels would score, as mean and 95 % range.
     """
-
-    models = zip(features, logits, directions, strict=True)
-    each = [influence_parts(*model) for model in models]
-    mean = (
-        torch.stack([a for a, _ in each]).mean(0),
-        torch.stack([b for _, b in each]).mean(0),
-    )
-    values = of_labels(mean, labels)
+    values = of_labels(parts, labels)
     positive = (values > 0).numpy()
     generator = torch.Generator().manual_seed(derive_seed("shuffle", seed))
     null = [
-        (of_labels(mean, labels[torch.randperm(len(labels), generator=generator)]) > 0)
+        (of_labels(parts, labels[torch.randperm(len(labels), generator=generator)]) > 0)
         .double().mean().item()
         for _ in range(shuffles)
     ]  # fmt: skip
@@ -141,6 +140,5 @@ def positive_share(
         "high": high,
         "null": {"share": float(np.mean(null)), "low": null_low, "high": null_high},
         "n": len(labels),
-        "models": len(directions),
         "values": values.tolist(),
     }
