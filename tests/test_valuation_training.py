@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.conftest import make_sample
+from tests.largest import Largest
 from tests.valuation_toys import CLASSES, as_samples, colours, write_shards
-from utilgen_cli.classification.data import load_images
+from utilgen_cli.classification import data as data_module
+from utilgen_cli.classification.data import AT_ONCE, load_images
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.writer import write_shard
+from utilgen_cli.valuation import training
 from utilgen_cli.valuation.canary import auroc, verdict
 from utilgen_cli.valuation.inputs import load_value_data, native_size
 from utilgen_cli.valuation.pool import (
@@ -117,6 +120,32 @@ def test_canaries_are_real_pixels_with_another_label():
     planted = torch.nonzero(pool.roles == PLANTED)[:, 0].tolist()
     assert len(planted) == 12
     assert all(truth[hashes[i]] != int(pool.labels[i]) for i in planted)
+
+
+@pytest.mark.parametrize("classes", [3, 1])  # with one class nothing is planted
+def test_a_pool_in_a_mapped_file_equals_that_in_memory(classes, monkeypatch):
+    data = [colours(n, seed, classes) for n, seed in ((90, 1), (120, 2), (30, 3))]
+    plain, known = make_pool(*data, folds=2, canaries=0.4, seed=0)
+    monkeypatch.setattr(data_module, "IN_MEMORY", 1)
+    with Largest() as largest:
+        mapped, same = make_pool(*data, folds=2, canaries=0.4, seed=0)
+    assert same == known
+    for name in ("images", "labels", "roles", "folds"):
+        assert torch.equal(getattr(plain, name), getattr(mapped, name)), name
+    assert largest.of[torch.uint8] <= AT_ONCE * plain.images[0].numel() < plain.images.numel()
+
+
+def test_a_pool_is_looked_at_a_batch_at_a_time(trained, monkeypatch):
+    pool, _ = make_pool(DATA.real, None, None, folds=2, canaries=0.2, seed=0)
+    value, at = load_value(trained), torch.arange(len(pool)).flip(0)
+    judge = value.classifiers[0]
+    features = training.features_of(judge, pool.images, at)
+    logits = training.logits_of(value, pool, at)
+    monkeypatch.setattr(training, "BATCH", 4)
+    with Largest() as largest:
+        torch.testing.assert_close(training.features_of(judge, pool.images, at), features)
+        torch.testing.assert_close(training.logits_of(value, pool, at), logits)
+    assert largest.of[torch.uint8] <= 4 * pool.images[0].numel()
 
 
 def test_with_one_fold_validation_images_never_train():

@@ -57,7 +57,7 @@ class LabelledImages:
         """The samples at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.long)
         keys = [self.keys[i] for i in at.tolist()]
-        images = _gathered((self.images[part] for part in at.split(AT_ONCE)), self.images, len(at))
+        images = gathered((self.images[part] for part in at.split(AT_ONCE)), self.images, len(at))
         return replace(self, images=images, labels=self.labels[at], keys=keys)
 
 
@@ -68,7 +68,7 @@ def concatenate(sets: Sequence[LabelledImages]) -> LabelledImages:
         raise BadInput("data", "the sets have different classes", "Use shards of one task.")
     parts = (part for s in sets for part in s.images.split(AT_ONCE))
     return LabelledImages(
-        _gathered(parts, first.images, sum(map(len, sets))),
+        gathered(parts, first.images, sum(map(len, sets))),
         torch.cat([s.labels for s in sets]),
         [key for s in sets for key in s.keys],
         first.classes,
@@ -166,7 +166,7 @@ def _empty(source: Source) -> NoInput:
     return NoInput(what, "no samples in it", "Name shards made by utilgen pack.")
 
 
-def _gathered(parts: Iterable[Tensor], like: Tensor, count: int) -> Tensor:
+def gathered(parts: Iterable[Tensor], like: Tensor, count: int) -> Tensor:
     """`count` images that come in parts, of the size of those in `like`, held as `_Pixels` are."""
     if count * like[:1].numel() <= IN_MEMORY:
         return torch.cat([like[:0], *parts])
@@ -190,14 +190,14 @@ class _Pixels:
 
     def write(self, pixels: np.ndarray) -> None:
         """Images as they shall lie, [..., 3, S, S]."""
-        data = np.ascontiguousarray(pixels).data
+        data = pixels.ravel().data
         self.bytes += data.nbytes
         if self.file is None and self.bytes > IN_MEMORY:
             self.file = tempfile.NamedTemporaryFile(prefix="utilgen-", suffix=".pixels")  # noqa: SIM115
             self.file.write(self.memory)
             self.memory = bytearray()
         if self.file is None:
-            self.memory += data.cast("B")
+            self.memory += data
         else:
             self.file.write(data)
 

@@ -7,13 +7,14 @@ classifier of its own fold is scored by one that has not seen it. Identical pixe
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..classification.data import LabelledImages
+from ..classification.data import AT_ONCE, LabelledImages, gathered
 from ..runtime.errors import UsageError
 from ..runtime.seeds import derive_seed
 
@@ -96,13 +97,16 @@ def make_pool(
     sets = [(data, role) for data, role in parts if data is not None]
     known: dict[int, int] = {}
     fold_parts = [_folds(data, folds, known) for data, _ in sets]
-    images = torch.cat([data.images for data, _ in sets])
     labels = torch.cat([data.labels for data, _ in sets])
     roles = torch.cat([torch.full((len(data),), role) for data, role in sets])
     originals, wrong = plant(real.labels, len(real.classes), round(canaries * len(labels)), seed)
     all_folds = torch.cat(fold_parts)
+    pixels = itertools.chain(
+        *(data.images.split(AT_ONCE) for data, _ in sets),
+        (real.images[at] for at in originals.split(AT_ONCE)),
+    )
     return Pool(
-        torch.cat([images, real.images[originals]]),
+        gathered(pixels, real.images, len(labels) + len(wrong)),
         torch.cat([labels, wrong]),
         torch.cat([roles, torch.full((len(wrong),), PLANTED)]),
         torch.cat([all_folds, all_folds[originals]]),

@@ -30,6 +30,8 @@ from .value_model import (
     read_snapshot,
 )
 
+BATCH = 256  # images that are judged at once
+
 
 @dataclass
 class ValueData:
@@ -122,7 +124,7 @@ def reference_tensors(
     judge = cast(Classifier, snapshots[-1].classifiers[0])
     sets = {"train": pool.trained_on(0)[0], "validation": pool.validated_on(0)}
     for name, at in sets.items():
-        found[f"{name}_features"] = F.normalize(features_of(judge, pool.images[at]), dim=1)
+        found[f"{name}_features"] = F.normalize(features_of(judge, pool.images, at), dim=1)
         found[f"{name}_labels"] = pool.labels[at]
     return found
 
@@ -133,11 +135,11 @@ def duplicate_distance(reference: dict[str, Tensor]) -> float:
     return round(max(1e-6, 0.2 * nearest_others(features).median().item()), 8)
 
 
-def features_of(classifier: Classifier, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Penultimate features of uint8 images, [N, D], on the CPU."""
+def features_of(classifier: Classifier, images: Tensor, at: Tensor) -> Tensor:
+    """Penultimate features of the uint8 images that stand `at` [N], [N, D], on the CPU."""
     device = next(classifier.parameters()).device
-    parts = images.split(batch_size)
-    return torch.cat([classifier.features(to_float(x.to(device))).float().cpu() for x in parts])
+    parts = (to_float(images[part].to(device)) for part in at.split(BATCH))
+    return torch.cat([classifier.features(x).float().cpu() for x in parts])
 
 
 def watch_canaries(value: ValueModel, pool: Pool) -> dict[str, Any]:
@@ -146,7 +148,11 @@ def watch_canaries(value: ValueModel, pool: Pool) -> dict[str, Any]:
     if len(planted) == 0:
         return {"auroc": None, "planted": 0, "verdict": verdict(None)}
     real = torch.nonzero((pool.roles == REAL) | (pool.roles == VALIDATION))[:, 0]
-    right = value.judge_pixels(pool.images[real], pool.labels[real]).logit
-    wrong = value.judge_pixels(pool.images[planted], pool.labels[planted]).logit
-    found = auroc(right, wrong)
+    found = auroc(logits_of(value, pool, real), logits_of(value, pool, planted))
     return {"auroc": round(found, 4), "planted": len(planted), "verdict": verdict(found)}
+
+
+def logits_of(value: ValueModel, pool: Pool, at: Tensor) -> Tensor:
+    """Held-out logits of the images that stand `at` [N], [N]; a batch of pixels at a time."""
+    parts = at.split(BATCH)
+    return torch.cat([value.judge_pixels(pool.images[p], pool.labels[p]).logit for p in parts])
