@@ -12,21 +12,24 @@ import torch
 import torch.nn.functional as F
 
 import utilgen_cli
-from tests.valuation_toys import colours
-from utilgen_cli.valuation.baselines import knn_shapley, knn_shapley_joined
+from tests.largest import Largest
+from tests.valuation_toys import as_samples, colours
+from utilgen_cli.valuation import baselines
+from utilgen_cli.valuation.baselines import JoinedShapley, knn_shapley
 from utilgen_cli.valuation.lookahead import _start, lookahead, lookaheads
+from utilgen_cli.valuation.score import score_samples
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 
 N, V, K = 6, 4, 2
 
 
-def knn_world(seed: int) -> tuple[torch.Tensor, ...]:
+def knn_world(seed: int, n: int = N, points: int = V) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    x = F.normalize(torch.randn(N, 3, generator=generator, dtype=torch.float64), dim=1)
-    v = F.normalize(torch.randn(V, 3, generator=generator, dtype=torch.float64), dim=1)
-    y = torch.randint(2, (N,), generator=generator)
-    u = torch.randint(2, (V,), generator=generator)
+    x = F.normalize(torch.randn(n, 3, generator=generator, dtype=torch.float64), dim=1)
+    v = F.normalize(torch.randn(points, 3, generator=generator, dtype=torch.float64), dim=1)
+    y = torch.randint(2, (n,), generator=generator)
+    u = torch.randint(2, (points,), generator=generator)
     return x, y, v, u
 
 
@@ -65,9 +68,19 @@ def test_a_joined_point_has_its_value_in_the_whole_set(seed):
     x, y, v, u = knn_world(seed)
     for i in range(N):
         rest = [j for j in range(N) if j != i]
-        alone = knn_shapley_joined(x[rest], y[rest], v, u, x[[i]], y[[i]], K)
+        alone = JoinedShapley(x[rest], y[rest], v, u, K)(x[[i]], y[[i]])
         together = knn_shapley(torch.cat([x[rest], x[[i]]]), torch.cat([y[rest], y[[i]]]), v, u, K)
         torch.testing.assert_close(alone[0], together[-1])
+
+
+def test_joined_values_by_some_validation_points_at_a_time_are_those_by_all(monkeypatch):
+    x, y, v, u = knn_world(5, 40, 50)
+    new, labels = knn_world(6, 9)[:2]
+    whole = JoinedShapley(x, y, v, u)(new, labels)
+    monkeypatch.setattr(baselines, "ROWS", 8)
+    with Largest() as largest:
+        torch.testing.assert_close(JoinedShapley(x, y, v, u)(new, labels), whole)
+    assert largest.elements <= max(8 * 41, 50 * 9)  # of a table, and of the values at all points
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +88,13 @@ def value(tmp_path_factory):
     config = ValueConfig(steps=30, batch_size=12, folds=2, snapshots=1, refresh=5, augment="none")
     data = ValueData(colours(8, 1), colours(8, 2), colours(6, 3))
     return train_values(data, config, tmp_path_factory.mktemp("value"), seed=0)
+
+
+def test_validation_points_are_sorted_by_once_for_a_stream(value, monkeypatch):
+    made, table = [], JoinedShapley._table
+    monkeypatch.setattr(JoinedShapley, "_table", lambda *a: made.append(1) or table(*a))
+    assert len(list(score_samples(as_samples(colours(5, 7)), value, "knn-shapley", 4))) == 15
+    assert len(made) == 1
 
 
 def test_influence_is_minus_the_squared_gradient_of_the_last_layer(value):

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.errors import UsageError
 from .value_model import Judgement, ValueModel
 
+# [v, N] distances (minus the cosine, rising); [v, N + 1] whether the labels match, and the sums of
+# the points from there on
+Table = tuple[Tensor, Tensor, Tensor]
 METHODS = ("weight-net", "loss", "knn-shapley", "influence")
 NEIGHBOURS = 10
+ROWS = 256  # validation points that are sorted by at once
 
 
-def values_of(method: str, value: ValueModel, judged: Judgement, labels: Tensor) -> Tensor:
-    """The value of each judged sample under `method`, higher is better, [B]."""
+def valuer(method: str, value: ValueModel) -> Callable[[Judgement, Tensor], Tensor]:
+    """What gives judged samples and their labels [B] their values under `method`, higher is
+    better, [B]."""
     if method == "weight-net":
-        return judged.utility
-    if method == "loss":
-        return judged.loss  # GAP (Yeo et al. 2024) looks for images that the classifier fails on
+        return lambda judged, _: judged.utility
+    if method == "loss":  # GAP (Yeo et al. 2024) looks for images that the classifier fails on
+        return lambda judged, _: judged.loss
     if method == "influence":
         # Pruthi et al. 2020: what influences its own loss most is wrongly labelled. The product
         # with the mean validation gradient tells nothing (AUROC .47 on 20 % wrong labels).
-        return judged.influence
-    reference = value.reference
-    return knn_shapley_joined(
-        reference["train_features"], reference["train_labels"],
-        reference["validation_features"], reference["validation_labels"],
-        judged.features, labels,
-    )  # fmt: skip
+        return lambda judged, _: judged.influence
+    r = value.reference
+    joined = JoinedShapley(
+        r["train_features"], r["train_labels"], r["validation_features"], r["validation_labels"]
+    )
+    return lambda judged, labels: joined(judged.features, labels)
 
 
 def check_method(method: str) -> str:
@@ -57,29 +64,46 @@ def knn_shapley(
     return torch.zeros_like(s).scatter(1, order, s).mean(0)
 
 
-def knn_shapley_joined(
-    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor,
-    new_features: Tensor, new_labels: Tensor, k: int = NEIGHBOURS,
-) -> Tensor:  # fmt: skip
-    """KNN-Shapley of each new point when it alone joins the training points, [B]; memory is flat.
+class JoinedShapley:
+    """KNN-Shapley of new points, each when it alone joins the training points.
 
-    The recursion below the new point's rank involves old points only, so its sums are shared.
+    The recursion below a new point's rank involves old points only: its sums are made once.
     """
-    n, v = len(labels), len(val_labels)
-    similar, order = (val_features @ features.T).sort(dim=1, descending=True, stable=True)
-    match = (labels[order] == val_labels[:, None]).to(features.dtype)  # [V, N]
-    # An old point that stood at rank i (from 1) stands at i + 1 behind the new one.
-    behind = _suffix_sums(match, torch.arange(2, n + 2, device=features.device), k)
-    farthest = min(k, n + 1) / ((n + 1) * k)
-    behind = torch.cat([behind + match[:, -1:] * farthest, features.new_zeros(v, 1)], 1)
-    closeness = val_features @ new_features.T  # [V, B]
-    rank = torch.searchsorted(-similar, -closeness, right=True)  # old points before the new one
-    own = (new_labels[None] == val_labels[:, None]).to(features.dtype)
-    after = torch.cat([match, features.new_zeros(v, 1)], 1).gather(1, rank)
-    place = rank + 1.0
-    step = (own - after) / k * place.clamp_max(k) / place
-    last = torch.where(rank == n, own * farthest, step + behind.gather(1, rank))
-    return last.mean(0)
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor,
+        k: int = NEIGHBOURS,
+    ) -> None:  # fmt: skip
+        self.n, self.k = len(labels), k
+        self.points = list(zip(val_features.split(ROWS), val_labels.split(ROWS), strict=True))
+        self.tables = [self._table(features, labels, *part) for part in self.points]
+
+    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The values of new points, [B]."""
+        parts = zip(self.points, self.tables, strict=True)
+        return torch.cat([self._joined(features, labels, *p, *t) for p, t in parts]).mean(0)
+
+    def _table(self, features: Tensor, labels: Tensor, x: Tensor, y: Tensor) -> Table:
+        similar, order = (x @ features.T).sort(dim=1, descending=True, stable=True)
+        match = (labels[order] == y[:, None]).to(features.dtype)
+        # An old point that stood at rank i (from 1) stands at i + 1 behind the new one.
+        ranks = torch.arange(2, self.n + 2, device=match.device)
+        behind = _suffix_sums(match, ranks, self.k) + match[:, -1:] * self._farthest
+        return -similar, F.pad(match, (0, 1)).to(torch.uint8), F.pad(behind, (0, 1))
+
+    @property
+    def _farthest(self) -> float:
+        return min(self.k, self.n + 1) / ((self.n + 1) * self.k)
+
+    def _joined(
+        self, features: Tensor, labels: Tensor, x: Tensor, y: Tensor,
+        distance: Tensor, match: Tensor, behind: Tensor,
+    ) -> Tensor:  # fmt: skip
+        rank = torch.searchsorted(distance, -(x @ features.T), right=True)  # old points before it
+        own = (labels == y[:, None]).to(features.dtype)
+        place = rank + 1.0
+        step = (own - match.gather(1, rank).to(own)) / self.k * place.clamp_max(self.k) / place
+        return torch.where(rank == self.n, own * self._farthest, step + behind.gather(1, rank))
 
 
 def _suffix_sums(match: Tensor, ranks: Tensor, k: int) -> Tensor:

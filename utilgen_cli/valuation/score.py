@@ -15,7 +15,7 @@ from ..runtime.progress import Progress, silent
 from ..shards.images import decode_many
 from ..shards.sample import Sample, encode_json
 from ..shards.scores import UTILITY, pack_features
-from .baselines import check_method, values_of
+from .baselines import check_method, valuer
 from .neighbours import Memory
 from .value_model import Judgement, ValueModel
 
@@ -72,6 +72,7 @@ class Scorer:
     ) -> None:
         self.value, self.method, self.batch_size = value, check_method(method), batch_size
         self.passes, self.agreed = passes, agreed
+        self.values = valuer(method, value)
         self.progress = progress
         self.classes: dict[int, ClassSummary] = {}
 
@@ -129,7 +130,7 @@ class Scorer:
         labels = labels.to(judged.loss.device)
         own = judged.probabilities.gather(1, labels[:, None])[:, 0]
         others = judged.probabilities.scatter(1, labels[:, None], 0.0).amax(1)
-        value = values_of(self.method, self.value, judged, labels)
+        value = self.values(judged, labels)
         columns = (value, judged.loss, own, own - others, nearest, judged.spread)
         rows = zip(*(c.tolist() for c in columns), strict=True)
         predicted = judged.probabilities.argmax(1).tolist()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from utilgen_cli.classification.data import LabelledImages, to_float
 from utilgen_cli.classification.train import extract_features, predict
-from utilgen_cli.valuation.baselines import values_of
+from utilgen_cli.valuation.baselines import valuer
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import train_values
 from utilgen_cli.valuation.value_model import ValueModel
@@ -45,7 +45,7 @@ def ours(world: World, pool: LabelledImages, seed: int) -> tuple[Values, ValueMo
     for method in ("weight-net", "knn-shapley", "influence"):
         with Stopwatch() as watch:
             judged = model.judge_pixels(pool.images, pool.labels)
-            values = values_of(method, model, judged, pool.labels).numpy()
+            values = valuer(method, model)(judged, pool.labels).numpy()
         found[f"utilgen {method}"] = values, trained + watch.seconds
     return found, model
 
