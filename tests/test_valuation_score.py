@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.largest import Largest
 from tests.valuation_toys import as_samples, colours
@@ -16,7 +18,7 @@ from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.valuation import neighbours
 from utilgen_cli.valuation.neighbours import Memory, nearest_others
 from utilgen_cli.valuation.score import Scorer, score_samples
-from utilgen_cli.valuation.select import pick_diverse, shares
+from utilgen_cli.valuation.select import CANDIDATES, Best, pick_diverse, shares
 from utilgen_cli.valuation.subset import Aside, Waiting, select_samples
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
@@ -255,8 +257,34 @@ def test_select_looks_at_four_candidates_for_each_that_it_picks(value, monkeypat
     every = [s.parsed("utility.json")["utility"] for s in Scorer(value)(iter(samples))]
     for label, (candidates, n, utilities) in enumerate(seen):
         own = sorted(u for u, s in zip(every, samples, strict=True) if s.label == label)
-        assert n == 2 and candidates >= 8
+        assert n == 2 and candidates == 8
         assert utilities.min().item() == pytest.approx(own[-8])
+
+
+def test_select_of_fewer_samples_than_classes_takes_one_of_some(value):
+    samples = as_samples(colours(8, 7))
+    assert sorted(s.label for s in select_samples(iter(samples), Scorer(value), 2)) == [0, 1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=120),
+    st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_what_is_kept_is_bounded_and_has_all_that_may_be_picked(stream, count):
+    best = Best(count)
+    for place, (label, utility) in enumerate(stream):
+        if best.wants(label, utility):
+            best.keep(label, utility, place, place)
+        kept = sum(map(len, best.heaps.values()))
+        assert kept <= CANDIDATES * (count + len(best.heaps))
+    every = {
+        label: [(u, at, at) for at, (c, u) in enumerate(stream) if c == label]
+        for label in sorted(best.heaps)
+    }
+    for (label, own), n in zip(every.items(), shares(count, map(len, every.values())), strict=True):
+        first = sorted(own, key=lambda e: (-e[0], e[1]))[: CANDIDATES * n]
+        assert best.of(label, CANDIDATES * n) == sorted(first, key=lambda e: e[1])
 
 
 def test_shares_go_round_until_all_are_dealt():

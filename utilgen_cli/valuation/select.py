@@ -6,6 +6,7 @@ Chen, Zhang and Zhou 2018, "Fast Greedy MAP Inference for DPPs", algorithm 1.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
@@ -42,27 +43,47 @@ def pick_diverse(utilities: Tensor, features: Tensor, n: int, trade: float = 2.0
 
 
 class Best(Generic[T]):
-    """The items of highest utility of each class, and no more of them than may be needed."""
+    """The items of highest utility of each class: CANDIDATES for each that may still be picked.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    Where `count` are picked evenly, no class gives more than `portion`, which falls as the classes
+    fill up. No more is kept than CANDIDATES * (`count` + the number of classes).
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.portion = count, count
+        self.seen: Counter[int] = Counter()
+        self.without_last = 0  # what the classes seen would give if each gave below its portion
         self.heaps: dict[int, list[tuple[float, int, T]]] = {}
 
     def wants(self, label: int, utility: float) -> bool:
-        """True if an item would be among the best of its class so far; earlier ones win ties."""
-        heap = self.heaps.get(label, [])
-        return len(heap) < self.capacity or utility > heap[0][0]
+        """Look at an item: True if it is among the best of its class so far; earlier ones win
+        ties."""
+        self._count(label)
+        heap = self.heaps.setdefault(label, [])
+        return len(heap) < CANDIDATES * self.portion or utility > heap[0][0]
 
     def keep(self, label: int, utility: float, place: int, item: T) -> None:
         """Keep an item that is wanted; `place` is where it stands in the stream."""
-        heap = self.heaps.setdefault(label, [])
-        if len(heap) == self.capacity:
-            heapq.heappop(heap)
-        heapq.heappush(heap, (utility, -place, item))
+        heapq.heappush(self.heaps[label], (utility, -place, item))
+        self._cut(label)
 
-    def of(self, label: int) -> list[tuple[float, int, T]]:
-        """(utility, position in the stream, item), in the order of the stream."""
-        return sorted(((u, -at, item) for u, at, item in self.heaps[label]), key=lambda e: e[1])
+    def _count(self, label: int) -> None:
+        self.seen[label] += 1
+        self.without_last += self.seen[label] < self.portion
+        while self.without_last >= self.count:
+            self.portion -= 1
+            self.without_last = sum(min(n, self.portion - 1) for n in self.seen.values())
+            for other in self.heaps:
+                self._cut(other)
+
+    def _cut(self, label: int) -> None:
+        while len(self.heaps[label]) > CANDIDATES * self.portion:
+            heapq.heappop(self.heaps[label])
+
+    def of(self, label: int, most: int) -> list[tuple[float, int, T]]:
+        """(utility, position in the stream, item) of the best `most`, in the stream's order."""
+        best = heapq.nlargest(most, self.heaps[label], key=lambda entry: entry[:2])
+        return sorted(((u, -at, item) for u, at, item in best), key=lambda entry: entry[1])
 
 
 def shares(total: int, available: Iterable[int]) -> list[int]:

@@ -28,8 +28,8 @@ ASIDE = 1000  # samples that a set is valued on
 def select_samples(samples: Iterable[Sample], scorer: Scorer, count: int) -> Iterator[Sample]:
     """`count` samples of high utility that differ from each other, classes evenly, in their order.
 
-    Memory holds the features of the best candidates of each class only (4 x `count`); the samples
-    themselves wait on disk.
+    Memory holds the features of the best candidates of each class only (in all, four for each
+    sample that is picked, and four a class); the samples themselves wait on disk.
     """
     with Waiting() as waiting:
         yield from _selected(samples, scorer, count, waiting)
@@ -66,18 +66,16 @@ class Waiting:
 def _selected(
     samples: Iterable[Sample], scorer: Scorer, count: int, waiting: Waiting
 ) -> Iterator[Sample]:
-    best: Best[tuple[tuple[int, int], Tensor]] = Best(CANDIDATES * count)
+    best: Best[tuple[tuple[int, int], Tensor]] = Best(count)
     for place, (sample, features) in enumerate(scorer.with_features(samples)):
         utility = sample.parsed(UTILITY)["utility"]
         if best.wants(sample.label, utility):
             best.keep(sample.label, utility, place, (waiting.put(sample), features.clone()))
-    found = {label: best.of(label) for label in sorted(best.heaps)}
     picked: list[tuple[int, tuple[int, int]]] = []
-    portions = shares(count, [len(entries) for entries in found.values()])
-    for entries, n in zip(found.values(), portions, strict=True):
-        if len(entries) > CANDIDATES * n:
-            least = sorted((u for u, _, _ in entries), reverse=True)[CANDIDATES * n - 1]
-            entries = [entry for entry in entries if entry[0] >= least]
+    labels = sorted(best.heaps)
+    portions = zip(labels, shares(count, [best.seen[label] for label in labels]), strict=True)
+    for label, n in ((label, n) for label, n in portions if n):
+        entries = best.of(label, CANDIDATES * n)
         utilities = torch.tensor([u for u, _, _ in entries])
         vectors = torch.stack([f for _, _, (_, f) in entries])
         picked += [(entries[i][1], entries[i][2][0]) for i in pick_diverse(utilities, vectors, n)]
