@@ -240,6 +240,26 @@ def test_auroc_is_the_share_of_ordered_pairs():
     assert [verdict(x) for x in (0.95, 0.7, 0.4, None)] == ["ok", "weak", "inverted", "unknown"]
 
 
+class Mps(torch.Tensor):
+    """As on an Apple GPU: there are no doubles before it comes to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return found.as_subclass(torch.Tensor)
+        assert func is not torch.Tensor.double
+        return found
+
+
+def test_auroc_makes_its_doubles_on_the_cpu():
+    a, b = torch.tensor([0.3, 0.9, 0.5]), torch.tensor([0.1, 0.5])
+    with pytest.raises(AssertionError):
+        a.as_subclass(Mps).double()
+    assert auroc(a.as_subclass(Mps), b.as_subclass(Mps)) == auroc(a, b)
+
+
 @pytest.mark.parametrize(("generated", "others"), [(0, 5), (2, 8), (40, 10)])
 def test_planted_labels_fill_an_eighth_of_a_batch_at_most(generated, others):
     """A quarter is for generated images; where they are few, their own share, or that eighth."""

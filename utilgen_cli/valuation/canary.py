@@ -10,7 +10,7 @@ WARN, REFUSE = 0.9, 0.5
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
     """P(a positive scores above a negative), ties counted half: Mann and Whitney's U."""
-    scores = torch.cat([positive, negative]).double()
+    scores = torch.cat([positive, negative]).cpu().double()  # an Apple GPU has no doubles
     _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = (last - (counts.double() - 1) / 2)[inverse]  # from 1, tied scores share their mean
@@ -24,9 +24,3 @@ def verdict(found: float | None) -> str:
     if found is None:
         return "unknown"
     return "inverted" if found < REFUSE else "weak" if found < WARN else "ok"
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation (ties in the order given)."""
-    ranks = torch.stack([t.argsort().argsort().double() for t in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
