@@ -12,9 +12,10 @@ import pytest
 from utilgen_cli.commands.streams import _is_published, _write_all, run_filter, run_reduction
 from utilgen_cli.commands.valuing import ScoreRequest
 from utilgen_cli.report.evaluation import prepare_report
+from utilgen_cli.runtime.contents import contents
 from utilgen_cli.runtime.errors import NoInput, UsageError, UtilgenError
 from utilgen_cli.runtime.files import open_locked
-from utilgen_cli.runtime.output import OutputDirectory, contents
+from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.ranks import world
 from utilgen_cli.shards.check import check_shards
 from utilgen_cli.shards.folder import list_images

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.output import MADE_IN, SETTINGS
+from ..runtime.contents import SETTINGS
+from ..runtime.output import MADE_IN
 
 
 def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..runtime.contents import contents
 from ..runtime.errors import BadInput, NoInput, UsageError
-from ..runtime.output import contents
 from .bundle import check_fit, first_line, load_component
 from .class_adapters import ClassAdapters, class_folders
 

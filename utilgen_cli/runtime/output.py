@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .contents import SETTINGS, contents
 from .errors import UsageError, UtilgenError
 from .files import write_json
 
-SETTINGS = "settings.json"
 MADE_IN = "made in"  # among the settings, not one of them: the directory that names are relative to
-ENDS = 1 << 20  # bytes of each end of a file that are looked at
 
 
 _held: set[int] = set()  # descriptors of locks
@@ -226,32 +223,3 @@ def _paths(value: Any) -> Iterator[Path]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _paths(item)
-
-
-def contents(paths: Sequence[Path]) -> str | None:
-    """A digest of the shards and weights at `paths`; None if nothing is there.
-
-    Of a shard its own sum where its statistics have one; of other shards and of weights the size
-    and the first and last MiB. The same bytes made again give the same digest; other ones, in all
-    likelihood, not.
-    """
-    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    whole, count = hashlib.blake2b(digest_size=8), 0
-    for file in files:
-        if file.suffix in (".tar", ".safetensors") and file.is_file():
-            whole.update(_gist(file))
-            count += 1
-    return whole.hexdigest() if count else None
-
-
-def _gist(file: Path) -> bytes:
-    stats = file.with_name(f"{file.stem}_stats.json")
-    if file.suffix == ".tar" and stats.exists():
-        found = re.search(rb'"sha256": "([0-9a-f]{64})"', stats.read_bytes())
-        if found:
-            return found[1]
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        head = f.read(ENDS)
-        f.seek(max(0, size - ENDS))
-        return str(size).encode() + head + f.read()

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..runtime.contents import SETTINGS
 from ..runtime.errors import BadInput, UsageError
-from ..runtime.output import SETTINGS
 from ..runtime.progress import Progress, silent
 from .operands import open_source, read_path
 from .quarantine import Quarantine, check_any

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..runtime.contents import STATS
 from ..runtime.errors import BadInput
 from .sample import BadSample, Sample
 
-STATS = "_stats.json"  # after a shard's stem
 MAX_STATS = 1 << 28  # bytes
 PUBLISHED = ".shards.json"  # of a directory, written last: the names of all shards of a stream
 SUM_REASON = "not as written"
