@@ -61,6 +61,13 @@ def tar_bytes(samples: Iterable[Sample]) -> bytes:
     return out.getvalue()
 
 
+def flip_last_byte(path: Path) -> None:
+    """Other weights of the same size."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 

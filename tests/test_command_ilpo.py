@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Run, make_sample, no_compiler, tar_bytes
+from tests.conftest import Run, flip_last_byte, make_sample, no_compiler, tar_bytes
 from tests.policy_parts import make_clip, make_value
 from tests.random_bundle import make_bundle
 from utilgen_cli.commands.ilpo import ilpo
@@ -95,6 +95,9 @@ def test_ilpo_draws_learns_replays_and_resumes(bench: Path, utilgen: Run) -> Non
     other = utilgen(*rerun, "--clip-weight", "2", check=False)
     assert other.returncode == 2
     assert b"other settings" in other.stderr
+    flip_last_byte(bench / "clip" / "open_clip_model.safetensors")
+    other = utilgen(*rerun, check=False)
+    assert other.returncode == 2 and b"clip files contents was" in other.stderr
 
 
 def test_what_cannot_be_compiled_is_said_before_anything_is_learnt(

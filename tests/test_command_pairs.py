@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
 
 from utilgen_cli.diffusion.bundle import find_model
 
-from .conftest import DATA, Run, make_sample, tar_bytes
+from .conftest import DATA, Run, flip_last_byte, make_sample, tar_bytes
 from .test_pairing_strategies import picture, scored
 
 TINY = find_model("tiny")
@@ -98,10 +99,13 @@ def test_pairs_does_not_wait_for_torch(utilgen: Run, bash: Run, tmp_path: Path) 
 def test_nearest_by_clip_and_its_refusals(utilgen: Run, tmp_path: Path) -> None:
     (tmp_path / "scored.tar").write_bytes(scored_tar())
     nearest = ["pairs", "scored.tar", "--strategy", "nearest"]
-    clip = TINY / "open_clip"
+    clip = shutil.copytree(TINY / "open_clip", tmp_path / "clip")
     done = utilgen(*nearest, "--clip", clip, "-o", "p", "--json")
     summary = json.loads(done.stderr.splitlines()[-1])
     assert summary["pairs"] == 4 and summary["matched_by"] == "clip"
+    flip_last_byte(clip / "open_clip_model.safetensors")
+    other = utilgen(*nearest, "--clip", clip, "-o", "p", check=False)
+    assert other.returncode == 2 and b"clip files contents was" in other.stderr
     for options, says in (
         (["--match", "clip"], b"Add --clip"), (["--match", "x"], b"Use one of auto, value"),
         (["--match", "grey", "--clip", "y"], b"Leave it out"),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from utilgen_cli.runtime.contents import contents
+from utilgen_cli.classification.arms import REAL, Arm
+from utilgen_cli.classification.evaluation import plan_runs
+from utilgen_cli.classification.train import TrainConfig
+from utilgen_cli.runtime.contents import contents, directory_named
 from utilgen_cli.runtime.output import OutputDirectory
 
-from .conftest import Run, make_sample, tar_bytes
+from .classification_toys import colour_images, shards_of
+from .conftest import ROOT, Run, flip_last_byte, make_sample, tar_bytes
 from .random_bundle import make_bundle
 
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
+WEIGHTS = "open_clip_model.safetensors"
 FACTS = {"noise": {"mode": "single"}, "summary": {"seconds": 9.9, "unet_calls": 8}}
 
 
@@ -100,3 +107,33 @@ def test_a_run_inside_its_adapter_is_found_done(utilgen: Run, tmp_path: Path) ->
         utilgen(*drawing, "--shard-size", 1, "--part", part)
     again = utilgen(*drawing, "--shard-size", 1, "--json")
     assert json.loads(again.stderr)["samples"] == 0
+
+
+def test_eval_knows_a_tower_by_its_weights(tmp_path: Path) -> None:
+    archs = ["small-cnn", "open_clip:ViT-B-32/openai", f"open_clip:{tmp_path / 'clip'}"]
+    arm, config = Arm("real", REAL, colour_images(2)), TrainConfig()
+
+    def names() -> list[str]:
+        return [run.name for run in plan_runs([arm], archs, [0], config, {})]
+
+    clip = shutil.copytree(CLIP, tmp_path / "clip")
+    before = names()
+    assert names() == before
+    flip_last_byte(clip / WEIGHTS)
+    assert [a == b for a, b in zip(names(), before, strict=True)] == [True, True, False]
+
+
+def test_value_train_knows_a_tower_by_its_weights(utilgen: Run, tmp_path: Path) -> None:
+    shards_of(tmp_path / "real", colour_images(4))
+    clip = shutil.copytree(CLIP, tmp_path / "clip")
+    train = ["value", "train", "--real", "real", "--smoke", "-q", "-o", "value", "--arch"]
+    utilgen(*train, "open_clip:clip")
+    utilgen(*train, "open_clip:clip")
+    flip_last_byte(clip / WEIGHTS)
+    other = utilgen(*train, "open_clip:clip", check=False)
+    assert other.returncode == 2 and b"arch files contents was" in other.stderr
+
+
+def test_a_directory_is_named_in_one_of_two_ways(tmp_path: Path) -> None:
+    assert directory_named(f"local-dir:{tmp_path}") == directory_named(str(tmp_path)) == tmp_path
+    assert {directory_named(name) for name in (None, "", "ViT-B-32:openai", "x" * 5000)} == {None}

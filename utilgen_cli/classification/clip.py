@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..runtime.contents import contents, directory_named
 from ..runtime.errors import UsageError
 
 OPEN_CLIP = "open_clip:"
@@ -18,6 +19,17 @@ FUNCTIONAL = ("MultiheadAttention", "AttentionPool2d")  # they use their layers'
 def is_clip(arch: str) -> bool:
     """True for the names of this module."""
     return arch.startswith((OPEN_CLIP, OPEN_CLIP_LORA))
+
+
+def tower_files(arch: str) -> Path | None:
+    """The local directory of the tower, if that is how it is named."""
+    return directory_named(arch.partition(":")[2]) if is_clip(arch) else None
+
+
+def known_as(arch: str) -> str:
+    """The architecture's name, and for a local directory a digest of what lies there."""
+    files = tower_files(arch)
+    return arch if files is None else f"{arch}#{contents([files])}"
 
 
 def load_tower(arch: str, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:

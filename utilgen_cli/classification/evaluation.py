@@ -22,6 +22,7 @@ from ..runtime.errors import UtilgenError
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
 from .arms import Arm, digest_images
+from .clip import known_as
 from .data import LabelledImages
 from .metrics import score
 from .models import Classifier, build_classifier, load_classifier, save_classifier
@@ -52,11 +53,12 @@ def plan_runs(
     configuration, `context`): a finished one is found again, and a changed one never is.
     """  # fmt: skip
     digests = {arm.name: _arm_digest(arm) for arm in arms}
+    known = {arch: known_as(arch) for arch in archs}
     runs = []
     for seed in seeds:
         for arch in archs:
             for arm in arms:
-                facts = [digests[arm.name], arch, seed, config.facts(), context]
+                facts = [digests[arm.name], known[arch], seed, config.facts(), context]
                 code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
                 runs.append(Run(arm, arch, seed, f"{_plain(arm.name)}-{seed}-{code[:16]}"))
     return runs

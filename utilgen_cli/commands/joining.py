@@ -27,6 +27,7 @@ from ..diffusion.prompt_search import Labeller
 from ..diffusion.set_terms import coverage, gradient_match, spread
 from ..runtime import signals
 from ..runtime.checkpoint import remove_checkpoint
+from ..runtime.contents import directory_named
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
@@ -200,6 +201,7 @@ class PolicyRun(LazyGenerator):
         return {
             **self.config.settings(),
             "aim": asdict(self.aim),
+            "clip files": directory_named(self.aim.clip),
             "instance": self.instance.facts(),
             **self.quarantine.settings(),
         }

@@ -62,6 +62,7 @@ def pairs(
     from dataclasses import asdict
     from pathlib import Path
 
+    from ..runtime.contents import directory_named
     from ..runtime.errors import UsageError
     from ..runtime.progress import reporter
     from ..shards.operands import open_source
@@ -87,6 +88,7 @@ def pairs(
     settings = {
         **asdict(config),
         "clip": clip,
+        "clip files": directory_named(clip),
         "input": list(source.paths),
         **aside.settings(),
     }

@@ -47,6 +47,7 @@ def train_into(
     device: Any, overwrite: bool, progress: Progress, aside: Quarantine,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in the output directory, unless that is done; what value.json says."""
+    from ..classification.clip import tower_files
     from ..runtime.output import OutputDirectory
     from ..valuation.bilevel import META_GRADIENTS
     from ..valuation.inputs import load_value_data
@@ -63,7 +64,8 @@ def train_into(
         kind: [Path(one) for name in names for one in expand_braces(name)]
         for kind, names in inputs.items()
     }
-    settings = {**config.facts(), **read, "seed": seed, "size": size, **aside.settings()}
+    settings = {**config.facts(), **read, "seed": seed, "size": size,
+                "arch files": tower_files(config.arch), **aside.settings()}  # fmt: skip
     with OutputDirectory(output, "value train", settings, overwrite) as out:
         if out.is_done(VALUE_JSON):
             return read_facts(out.path)

@@ -33,6 +33,13 @@ def contents(paths: Sequence[Path]) -> str | None:
     return whole.hexdigest() if files else None
 
 
+def directory_named(name: str | None) -> Path | None:
+    """The local directory that is named as an open_clip model: what lies there is a setting of
+    what is made with it. None for other names."""
+    path = (name or "").removeprefix("local-dir:")
+    return Path(path) if os.path.isdir(path) else None  # noqa: PTH112  (a name may be too long)
+
+
 def _read_of(directory: Path) -> list[Path]:
     """What a reader takes of a directory: the shards at its top; weights with their texts."""
     files = list(_below(directory))
