@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,32 @@ def test_overwrite_never_empties_its_own_input(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="which --overwrite empties"):
         run([tmp_path / "out" / "a.tar"], tmp_path / "out", overwrite=True)
     assert check_shards([tmp_path / "out"]).samples == 2
+
+
+@pytest.mark.parametrize("removed", range(7))
+def test_emptying_may_be_killed(
+    removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is nobody else's, is not taken for done, and misses no shard unseen."""
+    left, unlink = [None] * removed, Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        unlink(path, missing_ok)
+
+    out = tmp_path / "out"
+    run([shard(tmp_path / "in" / f"{name}.tar", n) for n, name in enumerate("ab")], out)
+    (out / "done.json").write_text("{}")
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        OutputDirectory(out, "x", {}, overwrite=True).__enter__().__exit__(None, None, None)
+    assert (out / "done.json").exists() == (removed == 0)
+    if removed == 2:
+        assert [row["why"] for row in check_shards([out]).broken] == ["it is gone"]
+    with OutputDirectory(out, "x", {}, overwrite=True):
+        assert [p.name for p in out.iterdir() if p.name[0] != "."] == ["settings.json"]
 
 
 @pytest.mark.parametrize("settings", ["[]", '{"editor": 1}', '{"command": "pack"}', "torn {"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .contents import SETTINGS, contents
+from .contents import SETTINGS, STATS, contents
 from .errors import UsageError, UtilgenError
 from .files import write_json
 
@@ -144,7 +144,7 @@ class OutputDirectory:
             if path.exists() and own in (path.resolve(), *path.resolve().parents):
                 raise UsageError(str(path), f"is in {self.path}, which --overwrite empties",
                                  "Name another -o.")  # fmt: skip
-        for entry in self.path.iterdir():
+        for entry in sorted(self.path.iterdir(), key=_outlives):
             if not entry.name.startswith(".lock"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
@@ -214,6 +214,12 @@ class OutputDirectory:
                 f"was made with other settings ({change})",
                 "Name another -o, or add --overwrite to redo it.",
             )
+
+
+def _outlives(entry: Path) -> tuple[bool, ...]:
+    """What a kill in the middle may leave: nothing is called done, no lost shard goes unseen, and
+    the settings still say whose the directory is."""
+    return entry.name == SETTINGS, entry.name.endswith(STATS), entry.suffix != ".json"
 
 
 def _paths(value: Any) -> Iterator[Path]:
