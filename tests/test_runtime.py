@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -55,16 +56,53 @@ def test_a_run_that_made_nothing_binds_no_later_one_to_its_settings(tmp_path: Pa
         pass
     with OutputDirectory(tmp_path / "o", "dpo", {"steps": 4}) as out:
         pass
-    with (
-        pytest.raises(UsageError, match=r"steps was 4, now 5"),
-        OutputDirectory(tmp_path / "o", "dpo", {"steps": 5}, part="0/2"),
-    ):
-        pass  # another part may be at work under the settings
     (out.path / "checkpoint.safetensors").write_bytes(b"x")
     for command, why in (("dpo", "steps was 4, now 5"), ("lora", "was made by utilgen dpo")):
         with pytest.raises(UsageError, match=why):
             with OutputDirectory(tmp_path / "o", command, {"steps": 5}):
                 pass
+
+
+def test_a_part_that_made_nothing_binds_the_others_only_while_it_is_at_work(
+    tmp_path: Path,
+) -> None:
+    def own(steps: int, part: str | None) -> OutputDirectory:
+        return OutputDirectory(tmp_path / "o", "generate", {"steps": steps}, part=part)
+
+    with own(3, "0/2"):
+        pass
+    with own(4, "1/2"):
+        for _ in range(2):  # the refused one lets go, and the first still has its share
+            with pytest.raises(UsageError, match="steps was 4, now 5") as refused, own(5, "0/2"):
+                pass
+            assert "remove the directory" in str(refused.value)
+            assert "--overwrite" not in str(refused.value)
+        with pytest.raises(UtilgenError, match="another process"), own(4, None):
+            pass
+        with own(4, "0/2"):
+            pass
+    with own(5, "0/2") as out:
+        with pytest.raises(UtilgenError, match="another process"), own(5, None):
+            pass
+        with own(5, "1/2"):
+            pass
+        (out.path / "00000.tar").write_bytes(b"x")
+    with pytest.raises(UsageError, match="steps was 5, now 6"), own(6, "0/2"):
+        pass
+
+
+def test_parts_of_a_new_array_that_start_together_agree_on_its_settings(tmp_path: Path) -> None:
+    def start(number: int) -> int:
+        settings = {"steps": number // 8}
+        with OutputDirectory(tmp_path, "x", settings, part=f"{number % 8}/8"):
+            barrier.wait()
+            return number
+
+    with ThreadPoolExecutor(8) as pool:
+        for array in range(4):
+            barrier = Barrier(8)
+            numbers = range(8 * array, 8 * array + 8)
+            assert list(pool.map(start, numbers)) == list(numbers)
 
 
 def test_a_directory_of_somebody_else_is_neither_mixed_with_nor_emptied(tmp_path: Path) -> None:

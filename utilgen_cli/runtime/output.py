@@ -78,11 +78,11 @@ class OutputDirectory:
     def __enter__(self) -> OutputDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
         except FileExistsError:
             raise UsageError(str(self.path), "is a file", "Name a directory with -o.") from None
         try:
-            with self._alone():
+            with self._own_turn():
+                self._take_lock()
                 self._refuse_foreign()
                 if self.overwrite:
                     self._empty()
@@ -95,8 +95,8 @@ class OutputDirectory:
         return self
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Parts that start in the same moment take turns here."""
+    def _own_turn(self) -> Iterator[None]:
+        """Processes that start in the same moment take turns here."""
         descriptor = os.open(self.path / ".lock-settings", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -202,18 +202,30 @@ class OutputDirectory:
             for name in {*before, *self.settings} - {MADE_IN}
             if before.get(name) != self.settings.get(name)
         )
-        if names and self.part is None and not self._made_anything():
+        if names and self._is_alone() and not self._made_anything():
             self._empty()
             write_json(path, self.settings)
         elif names:
             change = ", ".join(
                 f"{n} was {before.get(n)!r}, now {self.settings.get(n)!r}" for n in names
             )
-            raise UsageError(
-                str(self.path),
-                f"was made with other settings ({change})",
-                "Name another -o, or add --overwrite to redo it.",
-            )
+            redo = "add --overwrite to redo it"
+            if self.part is not None:
+                redo = "remove the directory once no part writes there"
+            why = f"was made with other settings ({change})"
+            raise UsageError(str(self.path), why, f"Name another -o, or {redo}.")
+
+    def _is_alone(self) -> bool:
+        """True if no other part is at work, and none will be before this one's turn is over."""
+        if self.part is None:
+            return True
+        try:
+            fcntl.flock(self._locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:  # also where it was refused: Linux lets go of the shared lock first
+            fcntl.flock(self._locks[0], fcntl.LOCK_SH)
+        return True
 
 
 def _outlives(entry: Path) -> tuple[bool, ...]:
