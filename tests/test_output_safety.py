@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -142,7 +143,8 @@ def test_a_reduction_whose_shard_is_gone_is_done_again(tmp_path: Path, monkeypat
 
 def test_a_shorter_stream_leaves_no_shards_of_a_longer_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("utilgen_cli.commands.streams.SHARD_SIZE", 2)
-    _write_all(numbered(5), tmp_path)
+    _write_all(numbered(7), tmp_path)
+    (tmp_path / "00003.tar").unlink()
     _write_all(numbered(3, 10), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".counted.json", ".shards.json", "00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json",
@@ -238,6 +240,55 @@ def test_a_key_that_stands_twice_in_a_shard_and_a_shard_that_is_gone_are_told(
     shard(tmp_path / "00001.tar", 5).unlink()
     broken = check_shards([tmp_path]).broken
     assert [row["why"].split(": ")[-1] for row in broken] == ["its key stands twice", "it is gone"]
+
+
+def test_a_directory_that_lacks_a_finished_shard_is_not_read(utilgen: Run, tmp_path: Path) -> None:
+    drawn, listed = tmp_path / "drawn", tmp_path / "listed"
+    for directory in (drawn, listed):
+        for number in range(3):
+            shard(directory / f"{number:05d}.tar", number)
+    (listed / ".shards.json").write_text('["00000.tar", "00001.tar", "00002.tar"]')
+    (listed / "00001_stats.json").unlink()
+    for directory in (drawn, listed):
+        (directory / "00001.tar").unlink()
+        failed = utilgen("view", directory, check=False)
+        assert failed.returncode == 65
+        assert b"00001.tar: was finished, and is gone. Run" in failed.stderr
+        checked = utilgen("check", directory, "--json", check=False)
+        broken = json.loads(checked.stdout)["broken"]
+        assert [row["why"] for row in broken] == ["it is gone"] and checked.returncode == 65
+        left = [str(directory / f"0000{n}.tar") for n in (0, 2)]
+        assert len(list(open_source(left).samples())) == 2
+
+
+def test_what_was_not_finished_is_not_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfinished parts, a stream that was killed as it got its names, another program's figures."""
+    parts = tmp_path / "parts"
+    shard(parts / "00000.tar", 1)
+    for name in (".00001.tar.partial", ".00001.tar.journal", "00002.tar.tmp"):
+        (parts / name).write_text("x")
+    (parts / "00003_stats.json").write_text('{"count": 2, "successes": 2}')
+    (parts / "00004_stats.json").write_text("torn {")
+    (parts / ".shards.json").write_text('{"of": "another program"}')
+    assert len(open_source([str(parts)]).paths) == 1
+    stream, replace, left = tmp_path / "stream", Path.replace, [None] * 10
+
+    def killed(path: Path, target: Path) -> None:
+        if path.parent.name == ".incoming" and not path.name.endswith(".tmp"):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+        replace(path, target)
+
+    monkeypatch.setattr("utilgen_cli.commands.streams.SHARD_SIZE", 2)
+    monkeypatch.setattr(Path, "replace", killed)
+    for renamed in range(1, 6):
+        left[:] = [None] * renamed
+        stream.mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            _write_all(numbered(5), stream)
+        assert len(open_source([str(stream)]).paths) == (renamed + 1) // 2
+        shutil.rmtree(stream)
 
 
 def test_a_shard_that_is_removed_is_told_once(tmp_path: Path) -> None:

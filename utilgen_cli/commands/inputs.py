@@ -17,7 +17,8 @@ MADE_BY = {  # option, or command and option
 
 
 def look_for_inputs(command: str, options: dict[str, Any]) -> None:
-    """NoInput for shards, a directory or a model that is not there; a hub is not asked."""
+    """NoInput for shards, a directory or a model that is not there; a hub is not asked. BadInput
+    for a directory that lacks one of its shards."""
     operands = []
     for name in SHARDS:
         found = [str(operand) for operand in _listed(options.get(name))]
@@ -27,7 +28,7 @@ def look_for_inputs(command: str, options: dict[str, Any]) -> None:
     if operands:
         from ..shards.operands import open_source
 
-        open_source(operands)
+        open_source(operands, whole=command != "check")  # which tells all that are gone
     for key, maker in MADE_BY.items():
         of, _, name = key.rpartition(" ")
         for path in _listed(options.get(name)) if of in ("", command) else ():

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from ..runtime import signals
+from ..runtime.contents import STATS
 from ..runtime.errors import UsageError, printable
 from ..runtime.files import encode_json, sync_directory, write_json
 from ..runtime.output import OutputDirectory
@@ -265,12 +266,14 @@ def _publish(staged: list[Path], directory: Path, counts: dict[str, Any]) -> Non
     with signals.deferred():
         (directory / PUBLISHED).unlink(missing_ok=True)
         for path in staged:
-            stats_path(path).replace(stats_path(directory / path.name))
             path.replace(directory / path.name)
+            stats_path(path).replace(stats_path(directory / path.name))
         names = [path.name for path in staged]
-        for old in set(directory.glob("*.tar")) - {directory / name for name in names}:
-            old.unlink()
-            stats_path(old).unlink(missing_ok=True)
+        whole = {directory / name for name in names}
+        whole |= {stats_path(shard) for shard in whole}
+        for kind in (STATS, ".tar"):  # in this order, since statistics call for their shard
+            for old in set(directory.glob(f"*{kind}")) - whole:
+                old.unlink()
         write_json(_counted_path(directory), counts)
         write_json(directory / PUBLISHED, names)
         sync_directory(directory)

@@ -15,7 +15,7 @@ from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from .operands import open_source, read_path
 from .quarantine import Quarantine, check_any
-from .sums import PUBLISHED, STATS, read_stats, stats_path
+from .sums import has_stats, lost_shards, read_stats, stats_path
 
 
 @dataclass
@@ -41,11 +41,11 @@ def check_shards(
     gone while its directory knows of it, too. Pictures are decoded where no sums vouch for them.
     `quarantine` may count single bad samples instead of calling their shard broken.
     """
-    shards = open_source([str(operand) for operand in operands]).shards()
+    shards = open_source([str(operand) for operand in operands], whole=False).shards()
     if not shards:
         raise UsageError("-", "a pipe cannot be checked", "Name directories or shard files.")
     result = CheckResult(len(shards))
-    lost = [path for each in operands if each.is_dir() for path in _lost(each)]
+    lost = [path for each in operands if each.is_dir() for path in lost_shards(each)]
     known: dict[Path, dict[bytes, str]] = defaultdict(dict)  # keys are unique in a data set
     with progress("check", len(shards)) as task:
         for shard in shards:
@@ -71,22 +71,7 @@ def _is_ours(shard: Path) -> bool:
     with suppress(OSError, ValueError, TypeError):
         if "command" in json.loads((shard.parent / SETTINGS).read_text()):
             return True
-    return _has_stats(shard)
-
-
-def _has_stats(shard: Path) -> bool:
-    with suppress(BadInput):
-        return read_stats(shard) is not None
-    return False
-
-
-def _lost(directory: Path) -> list[Path]:
-    """Shards that have statistics, or stand in the list of their directory, and are not there."""
-    named = (path.name.removesuffix(STATS) for path in directory.glob(f"*{STATS}"))
-    known = {path for name in named if _has_stats(path := directory / f"{name}.tar")}
-    with suppress(OSError, ValueError, TypeError):
-        known |= {directory / name for name in json.loads((directory / PUBLISHED).read_text())}
-    return sorted(path for path in known if not path.exists())
+    return has_stats(shard)
 
 
 def _check_shard(shard: Path, quarantine: Quarantine) -> tuple[dict[bytes, str], str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from ..runtime.errors import NoInput, UsageError
+from ..runtime.errors import BadInput, NoInput, UsageError
 from .quarantine import Quarantine
 from .sample import Sample
+from .sums import Sums, lost_shards
 
 STDIN = Path("-")
 
@@ -55,7 +56,6 @@ class Source:
 def read_path(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
     """The samples of one shard file, checked by its statistics; or of standard input for `-`."""
     from .reader import read_tar  # not for a word about a missing file
-    from .sums import Sums
 
     quarantine = quarantine or Quarantine()
     if path == STDIN:
@@ -76,10 +76,13 @@ def _stdin() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def open_source(operands: Sequence[str] | None, quarantine: Quarantine | None = None) -> Source:
+def open_source(
+    operands: Sequence[str] | None, quarantine: Quarantine | None = None, whole: bool = True
+) -> Source:
     """The source that the operands name; without operands a piped standard input.
 
     NoInput: a named file or directory is missing or empty. UsageError: nothing named, no pipe.
+    BadInput, if directories are to be `whole`: a shard that was finished in one is gone.
     """
     quarantine = quarantine or Quarantine()
     if not operands:
@@ -91,15 +94,19 @@ def open_source(operands: Sequence[str] | None, quarantine: Quarantine | None = 
     paths: list[Path] = []
     for operand in operands:
         for name in expand_braces(operand):
-            paths += _expand(name)
+            paths += _expand(name, whole)
     return Source(tuple(paths), quarantine)
 
 
-def _expand(name: str) -> list[Path]:
+def _expand(name: str, whole: bool) -> list[Path]:
     path = Path(name)
     if name == "-":
         return [STDIN]
     if path.is_dir():
+        if whole and (lost := lost_shards(path)):
+            why = "was finished, and is gone"
+            advice = "Run the command that made it again, or name the shards that are left."
+            raise BadInput(str(lost[0]), why, advice)
         shards = sorted(p for p in path.iterdir() if p.suffix == ".tar")
         if not shards:
             raise NoInput(name, "there is no .tar shard in it", "Make some with `utilgen pack`.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def read_stats(shard: Path) -> dict[str, Any] | None:
     raise BadInput(
         str(path), "not readable statistics", "Make the shard again, or remove this file."
     )
+
+
+def has_stats(shard: Path) -> bool:
+    """True if the shard has statistics that make sense, whether or not it is there itself."""
+    with suppress(BadInput, OSError):
+        return read_stats(shard) is not None
+    return False
+
+
+def lost_shards(directory: Path) -> list[Path]:
+    """Shards that were finished (they have statistics, or stand in the list of their directory)
+    and are not there."""
+    stems = [path.name.removesuffix(STATS) for path in directory.glob(f"*{STATS}")]
+    listed = _published(directory)
+    here = {path.name for path in directory.iterdir()}  # last: a shard comes before what names it
+    missing = [directory / name for stem in stems if (name := f"{stem}.tar") not in here]
+    lost = {shard for shard in missing if has_stats(shard)}
+    return sorted(lost | {directory / name for name in listed - here})
+
+
+def _published(directory: Path) -> set[str]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((directory / PUBLISHED).read_bytes())
+        return {name for name in found if type(name) is str} if type(found) is list else set()
+    return set()
 
 
 def is_as_written(shard: Path) -> bool:
