@@ -142,8 +142,20 @@ def root(
     """See HELP: Typer shows that text."""
 
 
+def _open_stderr() -> None:
+    """After `2>&-` messages go nowhere, and not into a file that is opened as descriptor 2."""
+    if sys.stderr is None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.set_inheritable(2, True)
+        if null != 2:
+            os.close(null)
+        sys.stderr = os.fdopen(2, "w")
+
+
 def main() -> None:
     """Run the command line."""
+    _open_stderr()
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         os.environ["UTILGEN_DEBUG"] = "1"
