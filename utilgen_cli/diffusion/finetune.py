@@ -203,7 +203,8 @@ class Finetuning:
             named = zip(self.objective.parameters, values, strict=True)
             tensors |= {f"{kind}.{name}": value for name, value in named}
         scaler = self.scaler.state_dict()
-        meta = {"result": asdict(self.result), "scaler": scaler, "fingerprint": fingerprint}
+        meta = {"result": asdict(self.result), "scaler": scaler, "fingerprint": fingerprint,
+                "processes": self.processes}  # fmt: skip
         save_checkpoint(path, tensors, meta)
 
     def _kinds(self) -> list[tuple[str, list[Any]]]:
@@ -215,7 +216,10 @@ class Finetuning:
         return [(kind, values) for kind, values in kinds if values]
 
     def resume(self, path: Path, fingerprint: str) -> None:
-        """Go on from the checkpoint at `path`, if there is one. UsageError: made on other data."""
+        """Go on from the checkpoint at `path`, if there is one.
+
+        UsageError: made on other data, or by another number of processes.
+        """
         found = load_checkpoint(path)
         if found is None:
             return
@@ -224,6 +228,7 @@ class Finetuning:
             raise UsageError(
                 str(path.parent), "was begun on other data", "Add --overwrite to begin again."
             )
+        refuse_other_processes(path.parent, meta.get("processes"))
         for kind, values in self._kinds():
             copy_into(values, [tensors[f"{kind}.{name}"] for name in self.objective.parameters])
         restore_optimizer(self.optimizer, tensors)
@@ -266,6 +271,15 @@ def finetune(
             if stop:
                 distributed.raise_stopped()
     return run.finish()
+
+
+def refuse_other_processes(directory: Path, begun_with: int | None) -> None:
+    """UsageError unless so many processes run now: the global batch is dealt to all of them."""
+    now = distributed.world()[1]
+    if begun_with not in (None, now):
+        why = f"was begun with {begun_with} processes, now there are {now}, and so another batch"
+        advice = f"Run it with {begun_with}, or add --overwrite to begin again."
+        raise UsageError(str(directory), why, advice)
 
 
 def due(step: int, config: FinetuneConfig) -> bool:
