@@ -43,7 +43,7 @@ def test_dpo_reads_a_pipe_and_prints_its_directory(
     assert done.stdout == b"round1\n"
     assert b"of 2 held-out pairs are ranked right" in done.stderr
     names = {path.name for path in (tmp_path / "round1").iterdir()}
-    assert names == {".lock", ".lock-settings", "settings.json", "dpo.json", LORA}
+    assert names == {".lock", ".lock-settings", "settings.json", ".files.json", "dpo.json", LORA}
     again = utilgen(
         "dpo", "-m", bundle, *QUICK, "-o", "round1", "--json", input=tar_bytes(pairs(16))
     )

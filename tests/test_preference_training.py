@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
 from utilgen_cli.diffusion.ddim import initial_noise, sample
-from utilgen_cli.diffusion.finetune import CHECKPOINT
 from utilgen_cli.diffusion.finetune_config import FinetuneConfig
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator, warnings_of
 from utilgen_cli.diffusion.load import load_model
@@ -27,6 +26,7 @@ from utilgen_cli.diffusion.preference import PreferenceObjective
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
 from utilgen_cli.diffusion.tokens import class_folder, save_tokens
 from utilgen_cli.runtime import signals
+from utilgen_cli.runtime.artefact import CHECKPOINT
 from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source

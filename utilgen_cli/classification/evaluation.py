@@ -124,10 +124,14 @@ def train_runs(
         if not is_trained(directory, run)
         or (run.name in keep and not weights_path(directory, run).exists())
     ]
+    left = {run.name for run in missing}
+    for run in mine if writes else ():
+        if run.name not in left:  # a kill may have come before this was done
+            remove_checkpoint(checkpoint_path(directory, run))
     with progress("train arms", len(missing)) as task:
         for run in missing:
             signals.check()
-            checkpoint = directory / f"{run.name}.checkpoint.safetensors"
+            checkpoint = checkpoint_path(directory, run)
             model, facts = trainer.train(run, checkpoint)
             if writes:
                 save_classifier(weights_path(directory, run), model)
@@ -184,6 +188,11 @@ def result_path(directory: Path, run: Run) -> Path:
 def facts_path(directory: Path, run: Run) -> Path:
     """Where the facts of a trained run lie until it is tested; written after the weights."""
     return directory / f"{run.name}.trained.json"
+
+
+def checkpoint_path(directory: Path, run: Run) -> Path:
+    """Where the state of a run's training lies until it is trained."""
+    return directory / f"{run.name}.checkpoint.safetensors"
 
 
 def weights_path(directory: Path, run: Run) -> Path:

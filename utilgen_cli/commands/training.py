@@ -98,19 +98,17 @@ def train_command(
     config = make_config(name)
     settings = {**asdict(config), "input": list(source.paths), "precision": precision,
                 "model files": model_files(name), **aside.settings()}  # fmt: skip
-    was_done = not overwrite and (output / marker).exists()
     work = {"device": where, "dtype": pick_dtype(precision, where), "progress": reporter(quiet)}
-    summary = _in_directory(
-        output,
-        command,
-        settings,
-        marker,
-        overwrite,
-        lambda path: train(samples, path, config, **work),
-    )
+    worked = []
+
+    def run(path: Path) -> dict[str, Any]:
+        worked.append(path)
+        return train(samples, path, config, **work)
+
+    summary = _in_directory(output, command, settings, marker, overwrite, run)
     if source.is_stdin:
         deque(samples, maxlen=0)  # a run that was done already lets its upstream end as well
-        if was_done:
+        if not worked:
             tell_not_compared(command, output)
     tell(aside, command)
     return summary | aside.summary()
@@ -139,9 +137,10 @@ def _in_directory(
         dist.barrier()  # until it has written the result
         return _result(output / marker) or found
     with OutputDirectory(output, command, settings, overwrite) as out:
+        done = out.is_done(marker)
         if processes > 1:
             dist.barrier()
-        found = _result(out.path / marker) or work(out.path)
+        found = (_result(out.path / marker) if done else None) or work(out.path)
         if processes > 1:
             dist.barrier()
         return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import signals
+from ..runtime.artefact import CHECKPOINT, is_done, seal, sealed
 from ..runtime.checkpoint import remove_checkpoint, write_json
 from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
@@ -26,7 +27,7 @@ from ..runtime.seeds import seed_everything
 from ..shards.classes import note_class
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
-from .finetune import CHECKPOINT, Figures, finetune
+from .finetune import Figures, finetune, refuse_other_processes
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .latents import LatentCache, index_prompts
 from .load import LatentDiffusion, TokenPrompts, load_model
@@ -181,7 +182,8 @@ def train_lora(
     )  # fmt: skip
     parts = {".": shots} if config.per == "dataset" else shots_by_class(shots)
     for number, (folder, part) in enumerate(parts.items()):
-        if (out / folder / LORA_WEIGHTS).exists():
+        if is_done(out / folder / LORA_WEIGHTS):
+            leave_done(out / folder)
             continue
         if number:
             model = load_model(config.model, device=device, dtype=dtype, tokens=config.tokens)
@@ -192,6 +194,7 @@ def train_lora(
         "adapters": list(parts), "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
     if world()[0] == 0:
+        seal(out, processes=world()[1])
         write_json(out / DONE, summary)
     return summary
 
@@ -218,4 +221,15 @@ def train_adapter(
     )  # fmt: skip
     if world()[0] == 0:
         save_lora(out, model.unet, model.text_encoder)
+        seal(out, processes=world()[1])
         remove_checkpoint(checkpoint)
+
+
+def leave_done(out: Path) -> None:
+    """Take an adapter of the run before as it is. UsageError: it had other processes."""
+    facts = sealed(out)
+    refuse_other_processes(out, (facts or {}).get("processes"))
+    if world()[0] == 0:
+        if facts is None:
+            seal(out)
+        remove_checkpoint(out / CHECKPOINT)

@@ -38,7 +38,6 @@ from .finetune_config import (
 )
 
 Figures = dict[str, float]
-CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 60.0  # seconds, where saving takes no more than a twentieth of them
 MAX_LOST = 3  # steps in a row that half precision may lose
 
@@ -226,7 +225,8 @@ class Finetuning:
         tensors, meta = found
         if meta["fingerprint"] != fingerprint:
             raise UsageError(
-                str(path.parent), "was begun on other data", "Add --overwrite to begin again."
+                str(path.parent),
+                "was begun on other data", "Add --overwrite to begin again.",
             )
         refuse_other_processes(path.parent, meta.get("processes"))
         for kind, values in self._kinds():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
+from ..runtime.artefact import seal
 from ..runtime.checkpoint import save_tensors
 from ..runtime.device import sent
 from ..runtime.errors import BadInput, NoInput
@@ -81,6 +82,7 @@ class Policy:
         """Write policy.safetensors, then policy.json, which marks the policy as whole."""
         directory.mkdir(parents=True, exist_ok=True)
         save_tensors(directory / EMBEDS, {"prompt_embeds": self.prompt_embeds})
+        seal(directory)
         facts = {
             "format": FORMAT,
             "utilgen": __version__,

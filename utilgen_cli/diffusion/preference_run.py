@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.artefact import CHECKPOINT, seal
 from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
 from ..runtime.distributed import world
 from ..runtime.errors import NoInput, UsageError
@@ -22,7 +23,7 @@ from ..runtime.seeds import seed_everything
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
 from .class_adapters import class_folders
-from .finetune import CHECKPOINT, FinetuneResult, finetune
+from .finetune import FinetuneResult, finetune
 from .finetune_config import FinetuneConfig
 from .latents import embed_prompts
 from .load import LatentDiffusion, TokenPrompts, load_model, quiet_libraries
@@ -113,6 +114,7 @@ def train_preference(
     summary = {**facts, **describe(objective, config, result)}
     if world()[0] == 0:
         write_result(model, config, text_encoder, out)
+        seal(out)
         write_json(out / DONE, summary)
         remove_checkpoint(out / CHECKPOINT)
     return summary

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.artefact import CHECKPOINT
 from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.distributed import world
 from ..runtime.errors import UsageError
@@ -24,7 +25,7 @@ from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
 from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
-from .finetune import CHECKPOINT, Figures, Watch, finetune
+from .finetune import Figures, Watch, finetune
 from .finetune_config import Draw, draw_rows
 from .inversion import InversionConfig, check_classes, mean_error, without_names
 from .load import LatentDiffusion

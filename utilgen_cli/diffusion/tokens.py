@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from ..runtime.artefact import seal
 from ..runtime.checkpoint import save_tensors, write_json
 from ..runtime.errors import BadInput, NoInput
 
@@ -51,6 +52,7 @@ def save_tokens(path: Path, classes: Sequence[str], embeds: Tensor, facts: dict[
     tokens = [token_name(i) for i in range(len(classes))]
     for folder, token, vectors in zip(folders, tokens, embeds, strict=True):
         save_tensors(path / folder / EMBEDS, {token: vectors})
+    seal(path)
     index = {"classes": list(classes), "tokens": tokens, "folders": folders}
     write_json(path / INDEX, {**facts, **index, "vectors": embeds.shape[1]})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .artefact import CHECKPOINT, clear_checkpoints, is_done
 from .contents import SETTINGS, STATS, contents
 from .errors import UsageError, UtilgenError
 from .files import write_json
@@ -69,11 +70,17 @@ class OutputDirectory:
     @property
     def checkpoint(self) -> Path:
         """Where the run's state is kept until it is done."""
-        return self.path / "checkpoint.safetensors"
+        return self.path / CHECKPOINT
 
     def is_done(self, marker: str) -> bool:
-        """True if the file that is written last is there."""
-        return (self.path / marker).exists()
+        """True if the file that is written last is there, and the model is as it was made; of one
+        that is not the marker goes, and nothing is gone on from. Done, it has no checkpoints."""
+        if done := is_done(self.path / marker):
+            clear_checkpoints(self.path)
+        elif (self.path / marker).exists():
+            clear_checkpoints(self.path)
+            (self.path / marker).unlink()
+        return done
 
     def __enter__(self) -> OutputDirectory:
         try:

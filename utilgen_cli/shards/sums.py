@@ -6,7 +6,6 @@ pipe has none; there the headers, the order, the end mark and the pictures' own 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..runtime.contents import STATS
 from ..runtime.errors import BadInput
+from ..runtime.files import file_sum
 from .sample import BadSample, Sample
 
 MAX_STATS = 1 << 28  # bytes
@@ -79,12 +79,6 @@ def is_as_written(shard: Path) -> bool:
         return stats is not None and file_sum(shard) == stats["sha256"]
     except (BadInput, FileNotFoundError):
         return False
-
-
-def file_sum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Sums:

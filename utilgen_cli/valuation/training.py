@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import __version__
 from ..classification.data import LabelledImages, to_float
 from ..classification.models import Classifier
+from ..runtime.artefact import CHECKPOINT, seal
 from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
 from ..runtime.progress import Progress, silent
 from .canary import auroc, verdict
@@ -61,7 +62,7 @@ def train_values(
     )  # fmt: skip
     size = data.real.images.shape[-1]
     run = Trajectory(config, pool, size, seed, torch.device(device))
-    checkpoint = directory / "checkpoint.safetensors"
+    checkpoint = directory / CHECKPOINT
     train_trajectory(run, directory, checkpoint, progress)
     entries = [snapshot_entry(i, config.folds) for i in range(config.snapshots)]
     facts = describe(run, entries, data, seed)
@@ -70,6 +71,7 @@ def train_values(
     save_tensors(directory / REFERENCE, reference)
     facts["duplicate_distance"] = duplicate_distance(reference)
     facts["canary"] = watch_canaries(ValueModel(snapshots, facts, reference).to(device), pool)
+    seal(directory)
     write_json(directory / VALUE_JSON, facts)
     remove_checkpoint(checkpoint)
     return load_value(directory, device, force=True)
