@@ -9,6 +9,7 @@ import pty
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image
 from tests.conftest import Run, flip_last_byte, make_sample, no_compiler, tar_bytes
 from tests.policy_parts import make_clip, make_value
 from tests.random_bundle import make_bundle
+from utilgen_cli.commands import joining
 from utilgen_cli.commands.ilpo import ilpo
 from utilgen_cli.diffusion.datadream import read_shots
 from utilgen_cli.diffusion.inversion import mean_error
@@ -28,7 +30,7 @@ from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.policy import load_policy
 from utilgen_cli.diffusion.prompt_inversion import PromptObjective
 from utilgen_cli.diffusion.prompts import PromptEmbeds
-from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError, UtilgenError
+from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
 
 COMMON = ["--iterations", "1", "--population", "2", "--search-steps", "2", "-q"]
@@ -255,6 +257,27 @@ def test_a_policy_that_was_not_kept_is_learnt_for_save_policy(bench: Path, utilg
     assert (bench / "best/00000.tar").stat().st_mtime_ns == written
     kept, saved = (load_policy(bench / name) for name in ("best/.policy", "policy"))
     assert torch.equal(kept.prompt_embeds, saved.prompt_embeds)
+
+
+def test_overwritten_and_stopped_in_the_drawing_it_keeps_the_policy(
+    bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench)
+    again = partial(ilpo, model="bundle", clip="clip", output="best", iterations=1, search_steps=2,
+                    population=2, overwrite=True, quiet=True)  # fmt: skip
+
+    def stop(*_: object) -> None:
+        raise Stopped("TERM", "stopped")
+
+    written = []
+    for attempt in range(3):
+        with monkeypatch.context() as patch:
+            if attempt == 0:
+                patch.setattr(joining.PolicyGenerator, "adopt", stop)
+            with pytest.raises(Stopped) if attempt == 0 else nullcontext():
+                again()
+        written.append(Path("best/.policy/policy.json").stat().st_mtime_ns)
+    assert written[0] == written[1] != written[2]
 
 
 def test_no_tar_reaches_a_terminal_before_any_work(bench: Path) -> None:

@@ -118,5 +118,6 @@ def ilpo(
     run_source(run.draw, plan, output, "ilpo", settings, overwrite, shard_size, part, run.about)
     if save_policy is not None:
         run.keep_policy()
+    run.end()
     tell(aside, "ilpo")
     report({**run.summary(), **aside.summary()}, as_json, "" if quiet else run.line())

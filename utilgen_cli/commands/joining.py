@@ -29,7 +29,7 @@ from ..runtime import signals
 from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.contents import directory_named
 from ..runtime.errors import BadInput, UsageError
-from ..runtime.output import OutputDirectory
+from ..runtime.output import OutputDirectory, end_run
 from ..runtime.progress import Progress, silent
 from ..shards.operands import open_source
 from ..shards.quarantine import Quarantine
@@ -239,10 +239,16 @@ class PolicyRun(LazyGenerator):
             own_turn(self.policy_directory),
             OutputDirectory(self.policy_directory, "ilpo", settings, self.overwrite) as out,
         ):
+            out.ends_run = False  # it is drawn with yet
             if not out.is_done(FACTS):
                 self.learn(generator, out.checkpoint).save(out.path)
                 remove_checkpoint(out.checkpoint)
             return load_policy(out.path)
+
+    def end(self) -> None:
+        """All is drawn: from now on --overwrite learns the policy anew."""
+        if self.policy_directory is not None:
+            end_run(self.policy_directory)
 
     def learn(self, generator: Generator, checkpoint: Path | None) -> Policy:
         """Optimise the prompts; a U-Net that is compiled is so for drawing alone."""

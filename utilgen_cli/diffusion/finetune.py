@@ -226,7 +226,8 @@ class Finetuning:
         if meta["fingerprint"] != fingerprint:
             raise UsageError(
                 str(path.parent),
-                "was begun on other data", "Add --overwrite to begin again.",
+                "was begun on other data",
+                "Begin again with --overwrite, or remove it.",
             )
         refuse_other_processes(path.parent, meta.get("processes"))
         for kind, values in self._kinds():

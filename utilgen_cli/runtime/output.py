@@ -16,8 +16,10 @@ from .artefact import CHECKPOINT, clear_checkpoints, is_done
 from .contents import SETTINGS, STATS, contents
 from .errors import UsageError, UtilgenError
 from .files import write_json
+from .ranks import world
 
 MADE_IN = "made in"  # among the settings, not one of them: the directory that names are relative to
+ANEW = ".begun-anew"  # from the emptying by --overwrite until the run has ended well
 
 
 _held: set[int] = set()  # descriptors of locks
@@ -37,9 +39,10 @@ class OutputDirectory:
     """Use as a context: makes PATH, locks it, and compares PATH/settings.json with `settings`.
 
     Raises UtilgenError when another process holds the directory, UsageError when it was made
-    with other settings (the difference is shown; `overwrite` empties it instead). A `Path` in the
-    settings is an input: what lies there now is a setting as well. A run that failed before it
-    had made anything binds no later one to its settings, nor to its command.
+    with other settings (the difference is shown; `overwrite` empties it instead, once: it goes on
+    with a run of the same settings that began so and did not end). A `Path` in the settings is an
+    input: what lies there now is a setting as well. A run that failed before it had made anything
+    binds no later one to its settings, nor to its command.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class OutputDirectory:
                 self.settings[f"{name} contents"] = found
         self.settings[MADE_IN] = str(Path.cwd())
         self._locks: list[int] = []
+        self.ends_run = True  # False: the run goes on elsewhere, and calls `end_run` at its end
 
     @property
     def checkpoint(self) -> Path:
@@ -92,7 +96,7 @@ class OutputDirectory:
                 self._take_lock()
                 self._refuse_foreign()
                 if self.overwrite:
-                    self._empty()
+                    self._begin_anew()
                 if self.part is None:
                     self._clear_leftovers()
                 self._compare()
@@ -117,6 +121,8 @@ class OutputDirectory:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        if kind is None and self.ends_run:
+            end_run(self.path)
         self._release()
 
     def _take_lock(self) -> None:
@@ -145,12 +151,23 @@ class OutputDirectory:
             os.close(descriptor)
         self._locks = []
 
+    def _begin_anew(self) -> None:
+        """Empty the directory, unless this same run did so before it was stopped."""
+        mark, processes = self.path / ANEW, str(world()[1])
+        begun = mark.exists() and mark.read_text() == processes
+        if begun and {**self._before(), MADE_IN: ""} == {**self.settings, MADE_IN: ""}:
+            return
+        self._empty()
+        write_json(self.path / SETTINGS, self.settings)
+        mark.write_text(processes)
+
     def _empty(self) -> None:
         own = self.path.resolve()
         for path in (p for paths in self.reads.values() for p in paths):
             if path.exists() and own in (path.resolve(), *path.resolve().parents):
                 raise UsageError(str(path), f"is in {self.path}, which --overwrite empties",
                                  "Name another -o.")  # fmt: skip
+        write_json(self.path / SETTINGS, {"command": self.command})  # half empty it is no run's
         for entry in sorted(self.path.iterdir(), key=_outlives):
             if not entry.name.startswith(".lock"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -186,7 +203,9 @@ class OutputDirectory:
         """False if only locks, settings and shards that were begun in vain lie there."""
         files = (f for f in self.path.rglob("*") if f.is_file())
         return any(
-            f.stat().st_size > 0 and f.name != SETTINGS and not f.name.endswith(".journal")
+            f.stat().st_size > 0
+            and f.name not in (SETTINGS, ANEW)
+            and not f.name.endswith(".journal")
             for f in files
         )
 
@@ -239,6 +258,11 @@ def _outlives(entry: Path) -> tuple[bool, ...]:
     """What a kill in the middle may leave: nothing is called done, no lost shard goes unseen, and
     the settings still say whose the directory is."""
     return entry.name == SETTINGS, entry.name.endswith(STATS), entry.suffix != ".json"
+
+
+def end_run(directory: Path) -> None:
+    """The run has ended well: from now on --overwrite begins anew."""
+    (directory / ANEW).unlink(missing_ok=True)
 
 
 def _paths(value: Any) -> Iterator[Path]:
