@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -290,15 +289,6 @@ def test_what_is_named_twice_is_compared_once(inputs: Inputs) -> None:
     assert found is not None
     names = [arm["name"] for arm in found.summary["arms"]]
     assert len(names) == len(set(names)) == 1 + 2 * len(inputs.synthetic)
-
-
-def test_a_stopped_comparison_without_a_directory_says_that_nothing_is_kept(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(signals, "_received", [signal.SIGTERM])
-    with pytest.raises(UtilgenError, match=r"nothing is kept.*-o DIR") as caught:
-        compare_arms(inputs, PROTOCOL)
-    assert caught.value.exit_code == 1
 
 
 def test_the_cost_of_a_set_is_that_of_all_its_stages(

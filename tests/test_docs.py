@@ -69,7 +69,7 @@ def test_a_command_loads_no_other() -> None:
     code, *loaded = done.stdout.decode().split()
     assert code == "66"
     names = {module.rpartition(".")[2] for module in loaded}
-    assert names == {"inputs", "on_demand", "options", "view"}
+    assert names == {"inputs", "keeping", "on_demand", "options", "view"}
 
 
 @pytest.mark.parametrize("words", [

@@ -6,13 +6,14 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__
 from .commands.inputs import look_for_inputs
+from .commands.keeping import nothing_kept
 from .commands.on_demand import group_on_demand
 from .runtime import signals
 from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError
@@ -25,20 +26,20 @@ Stages read and write WebDataset tar shards and join with pipes:
   utilgen generate -m tiny --per-class 8 | utilgen value score --value value/ | utilgen pairs
 
 Exit codes: 0 done, 1 failed, 2 usage, 65 bad input, 66 no such input, 75 stopped by a signal with
-its state saved (run it again), 130 interrupted, 141 the reader left. --debug shows tracebacks."""
+its state saved (run it again; 1 where nothing is kept), 130 interrupted, 141 the reader left.
+--debug shows tracebacks."""
 
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
 
 
-def _fail(name: str, error: BaseException, options: Iterable[str]) -> typer.Exit:
+def _fail(name: str, error: BaseException, options: Mapping[str, Any]) -> typer.Exit:
     """One line on stderr, and the exit that carries the code; `options` are the command's."""
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return typer.Exit(ExitCode.READER_LEFT)
     if isinstance(error, KeyboardInterrupt):
-        print(
-            f"utilgen: {name}: interrupted. Run the same command again to go on.", file=sys.stderr
-        )
+        advice = signals.advice(nothing_kept(name, options))
+        print(f"utilgen: {name}: interrupted. {advice}", file=sys.stderr)
         return typer.Exit(ExitCode.INTERRUPTED)
     if not isinstance(error, UtilgenError):
         error = _translate(error, options)
@@ -85,7 +86,7 @@ def guard(name: str, function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            with signals.running(name):
+            with signals.running(name, nothing_kept(name, kwargs)):
                 if name in ONE_PROCESS:
                     one_process()
                 look_for_inputs(name, kwargs)
@@ -167,6 +168,6 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except OSError as error:  # of a help text that cannot be written
-        code = _fail("help", error, ()).exit_code
+        code = _fail("help", error, {}).exit_code
     signals.end(code)  # no exception holds what the run had open any more
     sys.exit(code)

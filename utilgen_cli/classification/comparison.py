@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..runtime import signals
-from ..runtime.errors import Stopped, UsageError, UtilgenError
+from ..runtime.errors import UsageError
 from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
 from .analysis import Analyst
@@ -93,27 +92,12 @@ def compare_arms(
     """
     team = Team.join(directory)
     with ExitStack() as stack:
-        if directory is None:
-            stack.enter_context(_nothing_kept())
         test_hash = digest_shards(inputs.test.shards())
         if directory is None:
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="utilgen-eval-")))
         elif team.rank == 0:
             stack.enter_context(OutputDirectory(directory, "eval", {"test": test_hash}, overwrite))
         return _compare(inputs, protocol, directory, test_hash, team, progress)
-
-
-@contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """A stopped run without a directory has lost its work: it must not say that it was saved."""
-    try:
-        yield
-    except (Stopped, signals.Interrupted):
-        try:
-            signals.check()
-        except Stopped as error:
-            advice = "Add -o DIR, and a stopped run goes on there."
-            raise UtilgenError(error.what, "stopped, and nothing is kept", advice) from None
 
 
 def _compare(

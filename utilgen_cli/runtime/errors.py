@@ -57,7 +57,7 @@ class NoInput(UtilgenError):
 
 
 class Stopped(UtilgenError):
-    """A signal asked the run to stop and its state is saved (75)."""
+    """A signal asked the run to stop, and its state is saved (75) or lost (1)."""
 
     exit_code = ExitCode.STOPPED
 

@@ -28,6 +28,7 @@ GRACE = 8.0  # seconds from the first signal to the end of the process
 BURST = 0.3  # seconds in which several signals count as one: launchers pass on what a group got
 _received: list[int] = []
 _command: list[str] = []
+_unkept: list[str | None] = []  # of the command: what to do where a stopped run keeps nothing
 _deferrals: list[None] = []
 _saving: list[None] = []
 
@@ -89,10 +90,17 @@ def _watch(descriptor: int) -> None:
 def leave(number: int, how: str) -> None:
     """End the process now, as a kill would. Of several under torchrun the first one tells."""
     name = ": ".join(["utilgen", *_command, signal.Signals(number).name])
-    advice = "What was saved last is whole. Run the same command again to go on."
+    lost = _unkept[-1] if _unkept else None
+    whole = "" if lost else "What was saved last is whole. "
     if world()[0] == 0:
-        os.write(2, f"{name}: {how}. {advice}\n".encode())
-    os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED)
+        os.write(2, f"{name}: {how}. {whole}{advice(lost)}\n".encode())
+    stopped = ExitCode.FAILED if lost else ExitCode.STOPPED
+    os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else stopped)
+
+
+def advice(lost: str | None) -> str:
+    """What to do after a stop; `lost` is that where nothing is kept."""
+    return f"Nothing is kept. {lost}" if lost else "Run the same command again to go on."
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -104,15 +112,20 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def running(command: str) -> Iterator[None]:
-    """While `command` runs; a signal becomes KeyboardInterrupt (INT) or `Stopped`."""
+def running(command: str, lost: str | None = None) -> Iterator[None]:
+    """While `command` runs; a signal becomes KeyboardInterrupt (INT) or `Stopped`.
+
+    `lost` says what to do, where nothing is kept of a run that is stopped.
+    """
     _command.append(command)
+    _unkept.append(lost)
     try:
         yield
     except Interrupted:
         check()
     finally:
         _command.remove(command)
+        _unkept.pop()
 
 
 @contextmanager
@@ -142,9 +155,11 @@ def stop_requested() -> bool:
 
 def check() -> None:
     """Raise `Stopped`, or KeyboardInterrupt for INT, if a stop was asked for. Call it where what
-    is to be kept is saved."""
+    is to be kept is saved; where nothing is, `Stopped` says so, and its code is 1."""
     if signal.SIGINT in _received:
         raise KeyboardInterrupt
     if _received:
         name = signal.Signals(_received[-1]).name
+        if lost := _unkept[-1] if _unkept else None:
+            raise Stopped(name, "stopped, and nothing is kept", lost, ExitCode.FAILED)
         raise Stopped(name, "stopped with its state saved", "Run the same command again to go on.")
