@@ -149,3 +149,17 @@ def test_a_note_beside_a_model_is_not_of_the_model(tmp_path: Path) -> None:
     assert is_done(tmp_path / "done.json")
     (tmp_path / "unet" / "config.json").unlink()
     assert not is_done(tmp_path / "done.json")
+
+
+def test_an_output_inside_a_model_is_none_of_its_files(tmp_path: Path) -> None:
+    """Another command at work there keeps its checkpoint, and may change what it likes."""
+    inside = tmp_path / "value" / "checkpoint.safetensors"
+    for path in (tmp_path / "weights.safetensors", inside, inside.with_name("settings.json")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.name)
+    seal(tmp_path)
+    (tmp_path / "done.json").write_text("{}")
+    clear_checkpoints(tmp_path)
+    assert inside.exists()
+    inside.unlink()
+    assert is_done(tmp_path / "done.json")

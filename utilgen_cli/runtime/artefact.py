@@ -8,10 +8,12 @@ one of a version that wrote none, and is believed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .contents import is_output
 from .files import file_sum, write_json
 
 FILES = ".files.json"
@@ -49,13 +51,21 @@ def is_done(marker: Path) -> bool:
 
 def clear_checkpoints(directory: Path) -> None:
     """Remove what a run keeps until it is done: a kill may have come before that."""
-    for path in directory.rglob(f"{CHECKPOINT}*"):
-        path.unlink()
+    for path in _own(directory):
+        if path.name.startswith(CHECKPOINT):
+            path.unlink()
+
+
+def _own(directory: Path) -> Iterator[Path]:
+    """All files, but for those of other outputs that lie in it."""
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not is_output(Path(folder, name))]
+        yield from (Path(folder, name) for name in names)
 
 
 def _files(directory: Path) -> Iterator[Path]:
     """What utilgen writes; a note or a log that somebody laid beside it is not looked at."""
-    for path in sorted(directory.rglob("*")):
+    for path in _own(directory):
         name = path.relative_to(directory)
         hidden = path.name.startswith(CHECKPOINT) or any(part[0] == "." for part in name.parts)
         ours = path.suffix == ".safetensors" or len(name.parts) > 1

@@ -53,14 +53,15 @@ def _below(directory: Path) -> Iterator[Path]:
     """The files of a directory, but for bookkeeping and for outputs that lie in it."""
     seen = {os.path.realpath(directory)}  # links may lead round
     for folder, folders, names in os.walk(directory, followlinks=True):
-        folders[:] = [f for f in folders if f[0] != "." and not _is_output(Path(folder, f))]
+        folders[:] = [f for f in folders if f[0] != "." and not is_output(Path(folder, f))]
         real = [os.path.realpath(Path(folder, f)) for f in folders]
         folders[:] = [f for f, r in zip(folders, real, strict=True) if r not in seen]
         seen.update(real)
         yield from (Path(folder, n) for n in names if n[0] != "." and not _is_bookkeeping(n))
 
 
-def _is_output(directory: Path) -> bool:
+def is_output(directory: Path) -> bool:
+    """True if a run has its output there: it is no part of the directory that it lies in."""
     return any((directory / name).exists() for name in (".lock", SETTINGS))
 
 
