@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from utilgen_cli.commands.keeping import AGAIN, DIRECTORY, NAMED, nothing_kept
+from utilgen_cli.commands.keeping import DIRECTORY, NAMED, nothing_kept
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import Stopped
+from utilgen_cli.runtime.signals import AGAIN
 
 from .conftest import ROOT
 
@@ -46,6 +47,7 @@ def test_where_nothing_is_kept_a_stop_is_a_failure(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(signals, "_received", [signal.SIGTERM])
     for lost, code, says in (
         ("Do this.", 1, "SIGTERM: stopped, and nothing is kept. Do this."),
+        (AGAIN, 75, "SIGTERM: stopped, and nothing is kept. Run it again: it begins anew."),
         (None, 75, "SIGTERM: stopped with its state saved. Run the same command again to go on."),
     ):
         with pytest.raises(Stopped) as stopped, signals.running("test", lost):

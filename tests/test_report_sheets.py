@@ -116,6 +116,8 @@ def test_a_page_is_well_formed_and_loads_nothing() -> None:
 def test_a_view_shows_each_class_with_its_best_first_and_its_names_escaped() -> None:
     samples = [scored(i, i % 3, i / 10) for i in range(9)]
     samples[0] = make_sample(0, 0, class_name=HOSTILE)
+    for sample in samples[3::3]:
+        del sample.members["json"]  # of class 0: it is called as the first one says
     text = view_page(samples, "synth/", limit=2)
     parsed = Page(text)
     assert "script" not in parsed.seen

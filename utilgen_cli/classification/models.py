@@ -209,12 +209,12 @@ def load_classifier(path: Path) -> Classifier:
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
     arch, count, transform = (facts[name] for name in ("arch", "num_classes", "transform"))
-    with offline(), torch.random.fork_rng():
-        model = (
-            _clip_classifier(arch, count, transform) if is_clip(arch)
-            else build_classifier(arch, count, transform["size"])
-        )  # fmt: skip
     try:
+        with offline(), torch.random.fork_rng():
+            model = (
+                _clip_classifier(arch, count, transform) if is_clip(arch)
+                else build_classifier(arch, count, transform["size"])
+            )  # fmt: skip
         model.load_state_dict(tensors)
     except RuntimeError:
         raise BadInput(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-AGAIN = "Run it again: it begins anew."
+from ..runtime.signals import AGAIN
+
 DIRECTORY = "Add -o DIR, and a stopped run goes on there."
 NAMED = "Name shards and -o DIR, and a stopped run goes on there."
 

@@ -121,9 +121,11 @@ class OutputDirectory:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if kind is None and self.ends_run:
-            end_run(self.path)
-        self._release()
+        try:
+            if kind is None and self.ends_run:
+                end_run(self.path)
+        finally:
+            self._release()
 
     def _take_lock(self) -> None:
         """All of the directory, or with a part: a share of it and all of the part."""

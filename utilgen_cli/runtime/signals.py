@@ -25,6 +25,7 @@ from .ranks import world
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 NUMBERS = (signal.SIGINT, *STOP_SIGNALS)
 GRACE = 8.0  # seconds from the first signal to the end of the process
+AGAIN = "Run it again: it begins anew."  # where nothing of a run is kept, and it needs no more
 BURST = 0.3  # seconds in which several signals count as one: launchers pass on what a group got
 _received: list[int] = []
 _command: list[str] = []
@@ -94,13 +95,17 @@ def leave(number: int, how: str) -> None:
     whole = "" if lost else "What was saved last is whole. "
     if world()[0] == 0:
         os.write(2, f"{name}: {how}. {whole}{advice(lost)}\n".encode())
-    stopped = ExitCode.FAILED if lost else ExitCode.STOPPED
-    os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else stopped)
+    os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else code_of(lost))
 
 
 def advice(lost: str | None) -> str:
     """What to do after a stop; `lost` is that where nothing is kept."""
     return f"Nothing is kept. {lost}" if lost else "Run the same command again to go on."
+
+
+def code_of(lost: str | None) -> ExitCode:
+    """Of a stopped run: `STOPPED` asks for the same command again, to go on or to begin anew."""
+    return ExitCode.STOPPED if lost in (None, AGAIN) else ExitCode.FAILED
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -155,11 +160,11 @@ def stop_requested() -> bool:
 
 def check() -> None:
     """Raise `Stopped`, or KeyboardInterrupt for INT, if a stop was asked for. Call it where what
-    is to be kept is saved; where nothing is, `Stopped` says so, and its code is 1."""
+    is to be kept is saved; where nothing is, `Stopped` says so, and its code is `code_of`."""
     if signal.SIGINT in _received:
         raise KeyboardInterrupt
     if _received:
         name = signal.Signals(_received[-1]).name
         if lost := _unkept[-1] if _unkept else None:
-            raise Stopped(name, "stopped, and nothing is kept", lost, ExitCode.FAILED)
+            raise Stopped(name, "stopped, and nothing is kept", lost, code_of(lost))
         raise Stopped(name, "stopped with its state saved", "Run the same command again to go on.")
