@@ -14,10 +14,14 @@ def note_class(names: dict[int, str], sample: Sample, count: int | None = None) 
     label = sample.label
     if count is not None and label >= count:
         raise BadInput(sample.key, f"label {label} is not one of the {count} classes", SAME)
-    name = sample.facts.get("class_name")
-    if name is not None and names.setdefault(label, name) != name:
-        raise two_names(sample.key, label, name, names[label])
+    note_name(names, sample.key, label, sample.facts.get("class_name"))
     return label
+
+
+def note_name(names: dict[int, str], where: str, label: int, name: str | None) -> None:
+    """`note_class` of facts that were read before."""
+    if name is not None and names.setdefault(label, name) != name:
+        raise two_names(where, label, name, names[label])
 
 
 def two_names(where: str, label: int, here: str, before: str) -> BadInput:

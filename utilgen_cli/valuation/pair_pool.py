@@ -15,7 +15,7 @@ import numpy as np
 from ..runtime.errors import BadInput
 from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
-from ..shards.classes import note_class
+from ..shards.classes import note_name
 from ..shards.images import decode_rgb
 from ..shards.sample import Sample
 from ..shards.scores import score_of, unpack_features
@@ -85,6 +85,7 @@ class SamplePool:
         score = score_of(sample)
         extension, image = sample.image
         facts = sample.facts
+        note_name(self._names, sample.key, sample.label, facts.get("class_name"))
         head = {name: facts.get(name) for name in ("class_name", "prompt", "model")}
         features = score.get("features")
         about = {"key": sample.key, "extension": extension, "facts": head, "features": features}
@@ -92,7 +93,7 @@ class SamplePool:
         self.featured += features is not None
         self._file.write(head_bytes)
         self._file.write(image)
-        self._label.append(note_class(self._names, sample))
+        self._label.append(sample.label)
         self._group.append(_hash64(f"{sample.label}\0{head['prompt'] or ''}".encode()))
         self._digest.append(_hash64(image))
         self._utility.append(score["utility"])
