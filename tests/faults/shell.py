@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ def _child(
     before: Callable[[], None] | None,
 ) -> None:
     code = 70
+    for inherited in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        inherited.detach()  # at its end the command would remove the parent's directories
     try:
         files = (
             (os.open(stdin or os.devnull, os.O_RDONLY), 0),
