@@ -27,7 +27,7 @@ from utilgen_cli.commands.ilpo import ilpo
 from utilgen_cli.diffusion.datadream import read_shots
 from utilgen_cli.diffusion.inversion import mean_error
 from utilgen_cli.diffusion.load import load_model
-from utilgen_cli.diffusion.policy import load_policy
+from utilgen_cli.diffusion.policy import Policy, load_policy
 from utilgen_cli.diffusion.prompt_inversion import PromptObjective
 from utilgen_cli.diffusion.prompts import PromptEmbeds
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
@@ -165,6 +165,25 @@ def test_a_bundle_that_names_no_classes_takes_those_that_were_learnt(
     assert done.returncode == 2 and b"names no classes" in done.stderr
     done = utilgen("generate", "--policy", "policy", "--prompt", "a {}", *options, "x", check=False)
     assert done.returncode == 2 and b"--prompt: a policy has prompts of its own" in done.stderr
+
+
+def test_a_policy_without_names_is_gone_on_from_and_gives_none(bench: Path, utilgen: Run) -> None:
+    model = load_model(str(bench / "bundle"))
+    with torch.no_grad():
+        embeds = model.encode_prompts(["a", "b", "c"])[:, None]
+    Policy(embeds, ["0", "1", "2"], ["a", "b", "c"], unnamed=frozenset({0, 1, 2})).save(
+        bench / "prompts"
+    )
+    begun = ["--init", "prompts", "--iterations", 0, "--clip", "clip", "--smoke", "-q"]
+    kept = ["-m", "bundle", *begun, "-o", "best", "--save-policy", "kept"]
+    utilgen("ilpo", *kept)
+    drawn = [s.facts for s in open_source([str(bench / "best")]).samples()]
+    assert len(drawn) == 3 and not any("class_name" in facts for facts in drawn)
+    weights = bench / "kept" / "policy.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    utilgen("ilpo", *kept)
+    assert weights.read_bytes() == whole
 
 
 def test_a_value_model_without_names_fits_any_and_gives_none(

@@ -137,3 +137,15 @@ def test_value_train_knows_a_tower_by_its_weights(utilgen: Run, tmp_path: Path) 
 def test_a_directory_is_named_in_one_of_two_ways(tmp_path: Path) -> None:
     assert directory_named(f"local-dir:{tmp_path}") == directory_named(str(tmp_path)) == tmp_path
     assert {directory_named(name) for name in (None, "", "ViT-B-32:openai", "x" * 5000)} == {None}
+
+
+def test_a_lock_alone_makes_no_output_of_a_part(policy: Path) -> None:
+    """A run that was refused there leaves one."""
+    part = policy / "part"
+    part.mkdir()
+    (part / "w.safetensors").write_bytes(b"a" * 99)
+    before = contents([policy])
+    (part / ".lock").touch()
+    assert contents([policy]) == before
+    (part / "w.safetensors").write_bytes(b"b" * 99)
+    assert contents([policy]) != before

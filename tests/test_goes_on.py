@@ -10,6 +10,7 @@ from utilgen_cli.runtime import distributed, signals
 from utilgen_cli.runtime.artefact import FILES, clear_checkpoints, is_done, seal
 from utilgen_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
 from utilgen_cli.runtime.errors import Stopped, UsageError
+from utilgen_cli.runtime.output import OutputDirectory
 
 from .conftest import DATA, Run, tar_bytes
 from .random_bundle import make_bundle
@@ -139,12 +140,14 @@ def test_adapters_of_other_processes_are_not_mixed(
 
 
 def test_a_note_beside_a_model_is_not_of_the_model(tmp_path: Path) -> None:
-    for name in ("weights.safetensors", "unet/config.json", "checkpoint.safetensors", "log.txt"):
+    for name in ("weights.safetensors", "unet/config.json", "checkpoint.safetensors", "log.txt",
+                 "notes/log.txt"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     seal(tmp_path)
     (tmp_path / "done.json").write_text("{}")
     (tmp_path / "log.txt").write_text("more")
+    (tmp_path / "notes" / "log.txt").unlink()
     clear_checkpoints(tmp_path)
     assert is_done(tmp_path / "done.json")
     (tmp_path / "unet" / "config.json").unlink()
@@ -163,3 +166,22 @@ def test_an_output_inside_a_model_is_none_of_its_files(tmp_path: Path) -> None:
     assert inside.exists()
     inside.unlink()
     assert is_done(tmp_path / "done.json")
+
+
+def test_what_cannot_be_read_now_is_not_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a moment costs a message, not the model."""
+    (tmp_path / "weights.safetensors").write_text("x")
+    seal(tmp_path)
+    (tmp_path / "done.json").write_text("{}")
+
+    def fails(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("utilgen_cli.runtime.artefact.file_sum", fails)
+    with OutputDirectory(tmp_path / "other", "dpo", {}) as out:
+        out.path = tmp_path
+        with pytest.raises(PermissionError):
+            out.is_done("done.json")
+    assert (tmp_path / "done.json").exists()

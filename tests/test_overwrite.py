@@ -53,6 +53,14 @@ def test_other_settings_or_processes_begin_anew(
     assert not run(tmp_path, 1)
 
 
+def test_a_pipe_may_hold_other_data_and_begins_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with OutputDirectory(tmp_path, "x", {"input": [Path("-")]}, overwrite=True) as out:
+            assert not (tmp_path / "made").exists()
+            (tmp_path / "made").write_text("x")
+            out.ends_run = False  # as where it is stopped
+
+
 def test_a_run_of_several_directories_ends_once(tmp_path: Path) -> None:
     assert not run(tmp_path, 1, ends_run=False)
     assert run(tmp_path, 1, ends_run=False)

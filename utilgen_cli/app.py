@@ -26,7 +26,8 @@ Stages read and write WebDataset tar shards and join with pipes:
   utilgen generate -m tiny --per-class 8 | utilgen value score --value value/ | utilgen pairs
 
 Exit codes: 0 done, 1 failed, 2 usage, 65 bad input, 66 no such input, 75 stopped by a signal with
-its state saved (run it again; 1 where a whole pipe is to be run again), 130 interrupted, 141 the reader left.
+its state saved (run it again; 1 where a whole pipe is to be run again), 130 interrupted, 141 the
+reader left.
 --debug shows tracebacks."""
 
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")

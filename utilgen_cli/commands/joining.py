@@ -26,6 +26,7 @@ from ..diffusion.policy import FACTS, Policy, load_policy, policy_facts
 from ..diffusion.prompt_search import Labeller
 from ..diffusion.set_terms import coverage, gradient_match, spread
 from ..runtime import signals
+from ..runtime.artefact import is_done
 from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.contents import directory_named
 from ..runtime.errors import BadInput, UsageError
@@ -136,8 +137,8 @@ def classes_to_draw(
     bundle nor tokens name any."""
     if given or tokens is not None:
         return parse_classes(given)
-    if init is not None and (begun := policy_facts(init)) and not begun.get("unnamed"):
-        return tuple(begun.get("classes", ())) or None
+    if init is not None and (begun := policy_facts(init).get("classes")):
+        return tuple(begun)
     if read_defaults(find_model(model)).get("classes"):
         return None
     facts = read_facts(value)
@@ -209,11 +210,18 @@ class PolicyRun(LazyGenerator):
     def draw(self, items: Sequence[tuple[int, int]]) -> Iterator[Sample]:
         """The samples of `items`, in order."""
         if self.generator is None:
-            generator = Generator(self.config, device=self.device, dtype=self.dtype)
+            generator = self.load()
             self.policy = self.find_policy(generator)
             self.generator = PolicyGenerator.adopt(generator, self.policy, self.provenance())
         with counted(self.generator.model.unet, self.calls):
             yield from super().draw(items)
+
+    def load(self) -> Generator:
+        """The model; classes without names are those of the policy to begin with."""
+        generator = Generator(self.config, device=self.device, dtype=self.dtype)
+        if self.instance.start is not None:
+            generator.unnamed |= set(policy_facts(self.instance.start).get("unnamed", ()))
+        return generator
 
     def provenance(self) -> dict[str, Any]:
         """What an image's `json` says of the policy."""
@@ -227,8 +235,8 @@ class PolicyRun(LazyGenerator):
     def keep_policy(self) -> None:
         """Learn the policy also where all images were drawn before, and it was not kept then."""
         directory = self.policy_directory
-        if self.policy is None and directory is not None and not (directory / FACTS).exists():
-            self.find_policy(Generator(self.config, device=self.device, dtype=self.dtype))
+        if self.policy is None and directory is not None and not is_done(directory / FACTS):
+            self.find_policy(self.load())
 
     def find_policy(self, generator: Generator) -> Policy:
         """The finished policy of an earlier run with these settings, or a new one."""

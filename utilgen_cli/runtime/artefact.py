@@ -1,6 +1,6 @@
 """A finished model: its files are listed before its marker is written, and held against the list.
 
-`.files.json` has the size and SHA-256 of the weights and of all that lies in folders (a class's, a
+`.files.json` has the size and SHA-256 of the weights and of the JSON in folders (a class's, a
 pipeline's), and no times: the same model made again has the same list. A model without a list is
 one of a version that wrote none, and is believed.
 """
@@ -45,8 +45,10 @@ def is_done(marker: Path) -> bool:
         return all(path.stat().st_size == size for path, (size, _) in paths.items()) and all(
             file_sum(path) == digest for path, (_, digest) in paths.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # a file is gone, or the list is none
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # a file is gone; one that cannot be read now may be whole
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # the list is none
 
 
 def clear_checkpoints(directory: Path) -> None:
@@ -68,6 +70,6 @@ def _files(directory: Path) -> Iterator[Path]:
     for path in _own(directory):
         name = path.relative_to(directory)
         hidden = path.name.startswith(CHECKPOINT) or any(part[0] == "." for part in name.parts)
-        ours = path.suffix == ".safetensors" or len(name.parts) > 1
+        ours = path.suffix == ".safetensors" or (len(name.parts) > 1 and path.suffix == ".json")
         if ours and not hidden and path.is_file():
             yield path

@@ -62,7 +62,7 @@ def _below(directory: Path) -> Iterator[Path]:
 
 def is_output(directory: Path) -> bool:
     """True if a run has its output there: it is no part of the directory that it lies in."""
-    return any((directory / name).exists() for name in (".lock", SETTINGS))
+    return (directory / SETTINGS).exists()
 
 
 def _is_bookkeeping(name: str) -> bool:

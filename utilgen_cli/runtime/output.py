@@ -154,9 +154,11 @@ class OutputDirectory:
         self._locks = []
 
     def _begin_anew(self) -> None:
-        """Empty the directory, unless this same run did so before it was stopped."""
+        """Empty the directory, unless this same run did so before it was stopped. (Of a pipe nobody
+        knows whether it is the same.)"""
         mark, processes = self.path / ANEW, str(world()[1])
-        begun = mark.exists() and mark.read_text() == processes
+        piped = any(path == Path("-") for paths in self.reads.values() for path in paths)
+        begun = not piped and mark.exists() and mark.read_text() == processes
         if begun and {**self._before(), MADE_IN: ""} == {**self.settings, MADE_IN: ""}:
             return
         self._empty()

@@ -93,8 +93,9 @@ def leave(number: int, how: str) -> None:
     name = ": ".join(["utilgen", *_command, signal.Signals(number).name])
     lost = _unkept[-1] if _unkept else None
     whole = "" if lost else "What was saved last is whole. "
+    more = f" {whole}{advice(lost)}" if _command else ""
     if world()[0] == 0:
-        os.write(2, f"{name}: {how}. {whole}{advice(lost)}\n".encode())
+        os.write(2, f"{name}: {how}.{more}\n".encode())
     os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else code_of(lost))
 
 
