@@ -30,7 +30,8 @@ def ddim_timesteps(scheduler: Any, steps: int) -> list[int]:
     scheduler.set_timesteps(steps)
     timesteps: list[int] = scheduler.timesteps.tolist()
     last = scheduler.config.num_train_timesteps - 1
-    return [min(t, last) for t in timesteps]  # steps_offset may point past the last one
+    # steps_offset may point past the last one, and then no two steps begin there
+    return list(dict.fromkeys(min(t, last) for t in timesteps))
 
 
 def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
@@ -43,8 +44,8 @@ def check_steps(scheduler: Any, steps: int, option: str = "--steps") -> None:
 def ddim_transitions(scheduler: Any, steps: int) -> list[tuple[int, int]]:
     """The (t, t_prev) pairs of a run, descending; the last t_prev is -1, the end of the chain.
 
-    Each step ends where the next one begins. diffusers' DDIMScheduler goes T / steps down instead,
-    which is another place where a bundle spaces its timesteps as `linspace` does.
+    Each step ends where the next one begins. diffusers' DDIMScheduler goes T / steps down instead:
+    elsewhere, if the bundle spaces its timesteps as `linspace` does.
     """
     timesteps = ddim_timesteps(scheduler, steps)
     return list(zip(timesteps, [*timesteps[1:], -1], strict=True))
