@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .contents import CHECKPOINT as CHECKPOINT
 from .contents import is_output
 from .files import file_sum, write_json
 
 FILES = ".files.json"
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def seal(directory: Path, **facts: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 SETTINGS = "settings.json"  # of an output directory
 STATS = "_stats.json"  # after a shard's stem
+CHECKPOINT = "checkpoint.safetensors"  # of a run, until it is done
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 TEXTS = (".json", ".txt", ".model")
 ENDS = 1 << 20  # bytes of each end of a large file that are looked at
@@ -66,7 +67,7 @@ def is_output(directory: Path) -> bool:
 
 
 def _is_bookkeeping(name: str) -> bool:
-    return name == SETTINGS or name.endswith((STATS, "checkpoint.safetensors"))
+    return name == SETTINGS or name.endswith((STATS, CHECKPOINT))
 
 
 def _gist(file: Path) -> bytes:
