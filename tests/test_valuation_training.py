@@ -21,7 +21,7 @@ from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.writer import write_shard
-from utilgen_cli.valuation import training
+from utilgen_cli.valuation import todv, training
 from utilgen_cli.valuation.canary import auroc, verdict
 from utilgen_cli.valuation.inputs import load_value_data, native_size
 from utilgen_cli.valuation.pool import (
@@ -33,7 +33,7 @@ from utilgen_cli.valuation.pool import (
     pixel_hash,
 )
 from utilgen_cli.valuation.score import score_samples
-from utilgen_cli.valuation.todv import Trajectory, ValueConfig
+from utilgen_cli.valuation.todv import Trajectory, ValueConfig, losses_of
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 
@@ -275,6 +275,29 @@ def test_a_short_run_is_looked_at_before_its_last_snapshot():
     assert [replace(CONFIG, steps=s, refresh=20).look_every() for s in (400, 80, 20, 10, 3)] == [
         20, 20, 5, 2, 1,
     ]  # fmt: skip
+
+
+def test_only_the_images_of_the_coming_batches_are_looked_at(monkeypatch):
+    """The run is that of one that looks at the whole pool every time."""
+    pool, _ = make_pool(colours(20, 1), colours(300, 2), None, folds=2, canaries=0.01, seed=0)
+    looks: list[int] = []
+
+    def counted(model, pool, at):
+        looks.append(len(at))
+        return losses_of(model, pool, at)
+
+    def weights() -> list[torch.Tensor]:
+        run = Trajectory(replace(CONFIG, steps=20), pool, 16, 0, torch.device("cpu"))
+        looks.clear()
+        while run.step < 20:
+            run.advance()
+        return [p.detach() for net in (*run.models, run.weight_net) for p in net.parameters()]
+
+    monkeypatch.setattr(todv, "losses_of", counted)
+    few, most = weights(), max(looks)
+    monkeypatch.setattr(Trajectory, "_coming", lambda self: torch.arange(len(pool)))
+    torch.testing.assert_close(few, weights())
+    assert 4 * most < max(looks) and max(looks) > len(pool) / 3
 
 
 def test_images_are_read_no_smaller_than_the_classifier_takes_them(tmp_path):

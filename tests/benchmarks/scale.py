@@ -27,6 +27,7 @@ from ..conftest import make_sample
 from .harness import RESULTS, record
 
 SHARD = 10_000
+PER_SAMPLE = ("check", "pairs", "value score", "value train")
 PYTHON = [sys.executable, "-m", "utilgen_cli"]
 
 
@@ -81,12 +82,11 @@ def make_shards(directory: Path, count: int) -> Path:
 
 
 def over_samples(work: Path, most: int) -> Iterator[Row]:
-    """`check`, `pairs` and `value score` of 10 to `most` samples."""
+    """`check`, `pairs`, `value score` and a short `value train` of 10 to `most` samples."""
     sizes = [10**k for k in range(1, 8) if 10**k <= most]
     shards = {n: make_shards(work / str(n), n) for n in sizes}
-    value = work / "value"
-    run("value", "train", "--real", make_shards(work / "real", 120), "--size", 8, "--smoke", "-o",
-        value)  # fmt: skip
+    value, real = work / "value", make_shards(work / "real", 120)
+    run("value", "train", "--real", real, "--size", 8, "--smoke", "-o", value)
     for n, path in shards.items():
         yield Row("check", n, *run("check", path))
     for n, path in shards.items():
@@ -94,6 +94,9 @@ def over_samples(work: Path, most: int) -> Iterator[Row]:
     for n, path in shards.items():
         command = ("value", "score", path, "--value", value, "--force")
         yield Row("value score", n, *run(*command, "-o", work / f"scored-{n}"))
+    for n, path in shards.items():
+        command = ("value", "train", "--real", real, "--synthetic", path, "--steps", 100)
+        yield Row("value train", n, *run(*command, "-o", work / f"value-{n}"))
 
 
 def over_classes(work: Path, images: int = 1000) -> Iterator[Row]:
@@ -127,7 +130,7 @@ def table(rows: Sequence[Row]) -> str:
         base = first.setdefault(row.part, row)
         more = row.count - base.count
         each = f"{1e3 * (row.processor - base.processor) / more:.3f}" if more else ""
-        each = each if row.part in ("check", "pairs", "value score") else ""
+        each = each if row.part in PER_SAMPLE else ""
         lines.append(
             f"| {row.part} | {row.count:,} | {row.processor:.2f} | {row.clock:.2f} | {each} |"
         )
@@ -140,7 +143,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for part in ("check", "pairs", "value score"):
+    for part in PER_SAMPLE:
         found = [row for row in rows if row.part == part]
         axes.loglog([r.count for r in found], [r.processor for r in found], marker="o", label=part)
     axes.set(xlabel="samples", ylabel="processor seconds")

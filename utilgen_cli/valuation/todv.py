@@ -148,8 +148,7 @@ class Trajectory:
     def _inner(self, k: int, batch: Batch, shown: Tensor | None) -> InnerStep:
         """The gradient of theta_k; an outer step of phi is taken where one is due."""
         noise = derive_seed("noise", self.seed, self.step, k)
-        warm = self.step >= self.config.warmup * self.config.steps
-        if not warm or (self.step + k) % self.config.meta_every:
+        if not self._warm() or (self.step + k) % self.config.meta_every:
             return inner_step(self.models[k], self.weight_net, batch, shown, noise)
         meta = META_GRADIENTS[self.config.meta_gradient](
             self.models[k], self.weight_net, batch, self._validation(k), self.config.eta,
@@ -162,14 +161,25 @@ class Trajectory:
         return meta.inner
 
     def _batch(self, k: int) -> tuple[Batch, Tensor]:
-        draws = step_generator(self.seed, self.step, f"batch {k}")
+        at, draws = self._drawn(self.step, k)
+        return self._images(at, draws), at
+
+    def _drawn(self, step: int, k: int) -> tuple[Tensor, torch.Generator]:
+        """Where the images of a batch stand, and the generator that augments them."""
+        draws = step_generator(self.seed, step, f"batch {k}")
         real, other = self.trained[k]
         n = self.config.batch_size
         # Planted labels are wrong: they shall not fill a batch. But W learns from them as well.
         natural = min(MOST_REAL, len(real) / (len(real) + len(other)))
         n_real = round(max(self.config.real_share, natural) * n) if len(other) else n
-        at = torch.cat([draw(real, n_real, draws), draw(other, n - n_real, draws)])
-        return self._images(at, draws), at
+        return torch.cat([draw(real, n_real, draws), draw(other, n - n_real, draws)]), draws
+
+    def _coming(self) -> Tensor:
+        """Where the images of all batches up to the next look stand, each once."""
+        steps = range(self.step, self.step + self.config.look_every())
+        return torch.cat(
+            [self._drawn(step, k)[0] for step in steps for k in range(self.config.folds)]
+        ).unique()
 
     def _validation(self, k: int) -> Batch:
         draws = step_generator(self.seed, self.step, f"validation {k}")
@@ -183,21 +193,23 @@ class Trajectory:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Bring the held-out losses up to date, and write a line of history."""
+        """Bring the held-out losses of the images of the coming batches up to date, and write a
+        line of history about them. No others are asked for, whatever the size of the pool."""
+        at, row = self._coming(), {"step": float(self.step), "outer_loss": float(self.outer)}
         if self.cross_fit:
-            for k, model in enumerate(self.models):
-                held = torch.nonzero(self.pool.folds == k)[:, 0]
-                self.shown[held] = losses_of(model, self.pool, held)
-            if self.step >= self.config.warmup * self.config.steps:
-                self.weight_net.see(self.shown.to(self.device))
-            else:
-                self.shown.fill_(0.0)  # equal weights until the classifiers know something
-        weights = self.weight_net(self.shown.to(self.device)).cpu()
-        row = {"step": float(self.step), "outer_loss": float(self.outer)}
-        for name, role in ROLES.items():
-            if bool((self.pool.roles == role).any()) and self.cross_fit:
-                row[f"weight_{name}"] = weights[self.pool.roles == role].mean().item()
+            if self._warm():  # equal weights until the classifiers know something
+                for k, model in enumerate(self.models):
+                    held = at[self.pool.folds[at] == k]
+                    self.shown[held] = losses_of(model, self.pool, held)
+                self.weight_net.see(self.shown[at].to(self.device))
+            weights = self.weight_net(self.shown[at].to(self.device)).cpu()
+            for name, role in ROLES.items():
+                if bool((mine := self.pool.roles[at] == role).any()):
+                    row[f"weight_{name}"] = weights[mine].mean().item()
         self.history.append(row)
+
+    def _warm(self) -> bool:
+        return self.step >= self.config.warmup * self.config.steps
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs."""
