@@ -21,7 +21,7 @@ from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.writer import write_shard
-from utilgen_cli.valuation import todv, training
+from utilgen_cli.valuation import todv, training, value_model
 from utilgen_cli.valuation.canary import auroc, verdict
 from utilgen_cli.valuation.inputs import load_value_data, native_size
 from utilgen_cli.valuation.pool import (
@@ -204,6 +204,27 @@ def test_utility_has_the_gradient_of_its_differences(trained):
             slope = (score(x + step, labels) - score(x - step, labels)).sum() / 2e-6
         torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-3, atol=1e-9)
         assert slope > 0
+
+
+def test_for_a_gradient_the_graph_of_one_member_is_held(trained, monkeypatch):
+    value, data = load_value(trained), colours(4, 4)
+    images = (data.images / 255).requires_grad_()
+
+    def kept_and_gradient() -> tuple[int, torch.Tensor]:
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logit = value.logit(images, data.labels)
+        return sum(kept.values()), torch.autograd.grad(logit.sum(), images)[0]
+
+    few, gradient = kept_and_gradient()
+    monkeypatch.setattr(value_model, "_features", lambda classifier, x: classifier.features(x))
+    many, same = kept_and_gradient()
+    assert 4 * few < many and torch.equal(gradient, same)
 
 
 def test_images_of_any_size_are_judged(trained):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..classification.data import to_float
 from ..classification.models import Classifier, load_classifier
@@ -145,7 +146,7 @@ class ValueModel(nn.Module):
                 seen = torch.ones_like(may) if keeps_features else may
                 if not bool(seen.any()):
                     continue
-                features = classifier.features(images_bchw[seen])
+                features = _features(classifier, images_bchw[seen])
                 if keeps_features:
                     votes.features = F.normalize(features, dim=1)
                     features = features[may]
@@ -182,6 +183,16 @@ class ValueModel(nn.Module):
             f"the value model tells wrong labels apart with AUROC {found:.2f} only; "
             "more real images or another --arch would help"
         )
+
+
+def _features(classifier: Classifier, images_bchw: Tensor) -> Tensor:
+    """Features [B, D]. For a gradient they are computed twice, so that of all members the graph of
+    one is held at a time: twelve ResNet-50 at 224 px would keep a gigabyte an image."""
+    if torch.is_grad_enabled() and images_bchw.requires_grad:
+        return checkpoint(  # type: ignore[no-any-return]
+            classifier.features, images_bchw, use_reentrant=False, preserve_rng_state=False
+        )
+    return classifier.features(images_bchw)
 
 
 _FIELDS = ("logit", "loss", "probabilities", "spread", "influence", "features")
