@@ -30,6 +30,7 @@ from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.seeds import sample_generator
 
 from .conftest import ROOT
+from .largest import Largest
 
 
 def test_the_same_settings_resume_and_others_are_refused_with_the_difference(
@@ -175,6 +176,18 @@ def test_leftovers_of_a_killed_run_are_no_foreign_files_and_go(tmp_path: Path) -
     with OutputDirectory(tmp_path, "x", {}):
         left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".lock", ".lock-settings", "a.json", "settings.json"]
+
+
+def test_what_can_be_written_as_it_lies_is_not_copied(tmp_path: Path) -> None:
+    w = torch.arange(24)
+    with Largest() as made:
+        save_checkpoint(tmp_path / "one", {"w": w, "row": torch.ones(2, 3, dtype=w.dtype)[1]}, {})
+    assert made.of[w.dtype] < 24
+    tied = {"w": w, "same": w, "part": w[3:5], "turned": w.view(4, 6).T}
+    save_checkpoint(tmp_path / "tied", tied, {})
+    found = load_checkpoint(tmp_path / "tied")
+    assert found is not None
+    assert all(torch.equal(found[0][name], x) for name, x in tied.items())
 
 
 def test_nan_never_reaches_a_checkpoint(tmp_path: Path) -> None:

@@ -20,13 +20,24 @@ from .files import write_atomic, write_json  # noqa: F401  (one room for saving)
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically; tensors are moved to the CPU and made contiguous.
+    """Write a safetensors file atomically; what is not on the CPU or not contiguous is copied.
 
     UtilgenError: a float tensor is not finite, and would poison whatever is made with it.
     """
     refuse_non_finite(path.name, tensors)
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomic(path, save(plain, metadata))
+    write_atomic(path, save(_plain(tensors), metadata))
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous, no two in one storage: safetensors takes no others."""
+    plain: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        there = tensor.detach().cpu().contiguous()
+        storage = there.untyped_storage().data_ptr()
+        plain[name] = there.clone() if storage in storages else there
+        storages.add(storage)
+    return plain
 
 
 def refuse_non_finite(what: str, tensors: dict[str, Tensor]) -> None:
@@ -44,9 +55,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     """
     with signals.saving():
         refuse_non_finite("checkpoint", tensors)
-        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        body = save(plain, {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
-        del plain
+        body = save(_plain(tensors), {"meta": json.dumps(meta, sort_keys=True, allow_nan=False)})
         if path.exists():
             path.replace(previous(path))
         write_atomic(path, body, hashlib.sha256(body).digest())
