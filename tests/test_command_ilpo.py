@@ -392,6 +392,9 @@ def test_an_anchor_holds_the_prompts_to_the_real_shots(utilgen: Run, bench: Path
         errors[name] = mean_error(PromptObjective(model, shots, learnt))
     assert errors["anchored"] < errors["free"]
     assert errors["again"] == errors["anchored"]
-    done = utilgen(*common, "--anchor-weight", 1, "-o", "none", check=False)
-    assert done.returncode == 2
-    assert b"--anchor-weight: needs the real shots. Name them with --real." in done.stderr
+    for option, said in (
+        ("--anchor-weight", b"needs the real shots. Name them with --real."),
+        ("--set-weight", b"there is no set term. Add --set-term."),
+    ):
+        done = utilgen(*common, option, 2, "-o", "none", check=False)
+        assert done.returncode == 2 and b"%s: %s" % (option.encode(), said) in done.stderr

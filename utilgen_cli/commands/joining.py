@@ -60,6 +60,8 @@ class Aim:
             raise UsageError(
                 f"--set-term {self.set_term}", "unknown", f"Use {', '.join(SET_TERMS)}."
             )
+        if self.set_term == "none" and self.set_weight != 1:
+            raise UsageError("--set-weight", "there is no set term", "Add --set-term.")
         if self.real is None and (self.set_term != "none" or self.clip_image_weight):
             raise UsageError("--real", "is needed to compare with real shots", "Name their shards.")
 
