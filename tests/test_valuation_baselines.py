@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import utilgen_cli
 from tests.largest import Largest
 from tests.valuation_toys import as_samples, colours
+from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.valuation import baselines
 from utilgen_cli.valuation.baselines import JoinedShapley, knn_shapley
 from utilgen_cli.valuation.lookahead import _start, lookahead, lookaheads
@@ -117,9 +118,11 @@ def test_a_frozen_tower_stays_as_it_is_under_lookahead():
     arch = f"open_clip:{Path(utilgen_cli.__file__).parent / 'tiny' / 'open_clip'}"
     settings = ValueConfig(arch=arch, augment="none").facts()
     value = SimpleNamespace(
-        facts={"config": settings}, classes=["a", "b", "c"], size=32, device=torch.device("cpu")
-    )
+        facts={"config": settings}, classes=["a", "b", "c"], size=32, device=torch.device("cpu"),
+        classifiers=[build_classifier(arch, 3, 32)],
+    )  # fmt: skip
     start, config = _start(value, 0, 7)
+    assert start.tower is value.classifiers[0].tower
     taken = [name for name, p in start.named_parameters() if p.requires_grad]
     assert taken == ["head.weight", "head.bias"]
     assert (config.steps, config.lr, config.augmentation) == (7, settings["lr"], "none")

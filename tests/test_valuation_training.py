@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.largest import Largest
 from tests.valuation_toys import CLASSES, as_samples, colours, write_shards
 from utilgen_cli.classification import data as data_module
 from utilgen_cli.classification.data import AT_ONCE, load_images
+from utilgen_cli.diffusion.bundle import find_model
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.operands import open_source
@@ -225,6 +227,25 @@ def test_for_a_gradient_the_graph_of_one_member_is_held(trained, monkeypatch):
     monkeypatch.setattr(value_model, "_features", lambda classifier, x: classifier.features(x))
     many, same = kept_and_gradient()
     assert 4 * few < many and torch.equal(gradient, same)
+
+
+def test_a_tower_that_is_never_trained_is_kept_once_and_asked_once(tmp_path, monkeypatch):
+    clip = f"open_clip:{find_model('tiny') / 'open_clip'}"
+    config = replace(CONFIG, arch=clip, steps=4, refresh=2)
+    train_values(DATA, config, tmp_path)
+    files = sorted(tmp_path.glob("snapshot-*/classifier-*.safetensors"))
+    has_tower = [any(n.startswith("tower.") for n in load_file(path)) for path in files]
+    assert has_tower == [True, False, False, False]
+    value, images = load_value(tmp_path), DATA.synthetic.images / 255
+    folds = value.held_out_folds(DATA.synthetic.images)
+    calls = []
+    tower = value.classifiers[0].tower
+    tower.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    found = value.judge(images, DATA.synthetic.labels, folds)
+    assert calls == [len(images)]
+    for snapshot in value.snapshots:
+        snapshot.classifiers = torch.nn.ModuleList(copy.deepcopy(c) for c in snapshot.classifiers)
+    torch.testing.assert_close(value.judge(images, DATA.synthetic.labels, folds), found)
 
 
 def test_images_of_any_size_are_judged(trained):

@@ -105,9 +105,15 @@ def small_cnn_tower(widths: tuple[int, int, int] = (32, 64, 128)) -> nn.Sequenti
 
 
 def build_classifier(
-    arch: str, num_classes: int, image_size: int, pretrained: bool = False, seed: int = 0
+    arch: str,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    seed: int = 0,
+    like: Classifier | None = None,
 ) -> Classifier:
     """Build f_theta; the weights depend on `seed` only (and on the pretrained file, if asked for).
+    Where a tower is never trained, it is that of `like`, one of the same architecture.
 
     `arch` is "small-cnn", a timm name ("resnet50"), or "open_clip:" with a model name (optionally
     NAME/TAG for its weights) or a local directory: a frozen image tower under a linear head. With
@@ -119,9 +125,22 @@ def build_classifier(
         if arch == SMALL_CNN:
             transform = {"size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
             return Classifier(arch, small_cnn_tower(), 128, num_classes, transform)
+        if like is not None and has_common_tower(arch):
+            return _beside(like, num_classes)
         if is_clip(arch):
             return _clip_classifier(arch, num_classes)
         return _timm_classifier(arch, num_classes, image_size, pretrained)
+
+
+def has_common_tower(arch: str) -> bool:
+    """True where a classifier never trains its tower, so that several can share one."""
+    return arch.startswith(OPEN_CLIP)
+
+
+def _beside(like: Classifier, num_classes: int) -> Classifier:
+    """A classifier on the same frozen tower, with a head of its own."""
+    width, facts = like.head.in_features, like.transform
+    return Classifier(like.arch, like.tower, width, num_classes, facts, frozen=True)
 
 
 def refuse_pretrained(archs: Sequence[str], pretrained: bool) -> None:
@@ -185,19 +204,31 @@ def feature_width(tower: nn.Module, size: int) -> int:
     return width
 
 
-def save_classifier(path: Path, model: Classifier) -> None:
-    """Write one safetensors file whose metadata holds the JSON that rebuilds the module."""
+def learnt_state(model: Classifier) -> dict[str, Tensor]:
+    """Its state, without that of a tower that is never trained."""
+    if has_common_tower(model.arch):
+        return {f"head.{name}": t for name, t in model.head.state_dict().items()}
+    return model.state_dict()
+
+
+def save_classifier(path: Path, model: Classifier, whole: bool = True) -> None:
+    """Write one safetensors file whose metadata holds the JSON that rebuilds the module.
+
+    Unless `whole`, a tower that is never trained is left out: `load_classifier` is told of one.
+    """
     facts = {
         "arch": model.arch,
         "num_classes": model.num_classes,
         "transform": model.transform,
     }
-    save_tensors(path, model.state_dict(), {"classifier": json.dumps(facts, sort_keys=True)})
+    state = model.state_dict() if whole else learnt_state(model)
+    save_tensors(path, state, {"classifier": json.dumps(facts, sort_keys=True)})
 
 
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: Path, like: Classifier | None = None) -> Classifier:
     """Read what `save_classifier` wrote; the model comes back on the CPU in eval mode.
 
+    A tower that is not in the file is that of `like`.
     Raises NoInput when there is no such file, BadInput when it is not one of ours.
     """
     if not path.exists():
@@ -209,12 +240,16 @@ def load_classifier(path: Path) -> Classifier:
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
     arch, count, transform = (facts[name] for name in ("arch", "num_classes", "transform"))
+    whole = not has_common_tower(arch) or any(name.startswith("tower.") for name in tensors)
     try:
         with offline(), torch.random.fork_rng():
-            model = (
-                _clip_classifier(arch, count, transform) if is_clip(arch)
-                else build_classifier(arch, count, transform["size"])
-            )  # fmt: skip
+            if like is not None and like.arch == arch and not whole:
+                model = _beside(like, count)
+                tensors = {**model.state_dict(), **tensors}
+            elif is_clip(arch):
+                model = _clip_classifier(arch, count, transform)
+            else:
+                model = build_classifier(arch, count, transform["size"])
         model.load_state_dict(tensors)
     except RuntimeError:
         raise BadInput(

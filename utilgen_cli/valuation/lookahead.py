@@ -107,7 +107,7 @@ def _start(value: ValueModel, seed: int, steps: int) -> tuple[Classifier, TrainC
     """A classifier as `value train` begins with, and how it is trained."""
     config = ValueConfig(**value.facts["config"])
     model = build_classifier(
-        config.arch, len(value.classes), value.size, config.pretrained, seed=seed
+        config.arch, len(value.classes), value.size, config.pretrained, seed, value.classifiers[0]
     )
     return model.to(value.device), replace(config.inner(), steps=steps)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..classification.batches import WHOLE_BATCH, augment_batch
 from ..classification.data import to_float
-from ..classification.models import Classifier, build_classifier, save_classifier
+from ..classification.models import Classifier, build_classifier, learnt_state, save_classifier
 from ..classification.train import TrainConfig, learning_rate, make_optimizer
 from ..runtime import signals
 from ..runtime.checkpoint import (
@@ -96,13 +96,14 @@ class Trajectory:
         self, config: ValueConfig, pool: Pool, image_size: int, seed: int, device: torch.device
     ) -> None:
         self.config, self.pool, self.seed, self.device = config, pool, seed, device
-        self.models = [
-            build_classifier(
+        self.models: list[Classifier] = []
+        for k in range(config.folds):
+            model = build_classifier(
                 config.arch, len(pool.classes), image_size, config.pretrained,
-                seed=derive_seed("theta", seed, k),
-            ).to(device).to(memory_format=torch.channels_last).train()  # a fifth faster on a CPU
-            for k in range(config.folds)
-        ]  # fmt: skip
+                seed=derive_seed("theta", seed, k), like=self.models[0] if k else None,
+            )  # fmt: skip
+            model.to(device).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+            self.models.append(model.train())
         self.optimizers = [make_optimizer(model, config.inner()) for model in self.models]
         self.weight_net = WeightNet(seed=derive_seed("phi", seed)).to(device)
         self.weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=config.weight_lr)
@@ -216,7 +217,7 @@ class Trajectory:
         found = {"shown": self.shown, **optimizer_tensors(self.weight_optimizer, "phi_adam.")}
         found |= {f"phi.{name}": t for name, t in self.weight_net.state_dict().items()}
         for k, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
-            found |= {f"theta.{k}.{name}": t for name, t in model.state_dict().items()}
+            found |= {f"theta.{k}.{name}": t for name, t in learnt_state(model).items()}
             found |= optimizer_tensors(optimizer, f"adam.{k}.")
         return found
 
@@ -226,7 +227,7 @@ class Trajectory:
         self.weight_net.load_state_dict(under(tensors, "phi."))
         restore_optimizer(self.weight_optimizer, tensors, "phi_adam.")
         for k, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
-            model.load_state_dict(under(tensors, f"theta.{k}."))
+            model.load_state_dict({**model.state_dict(), **under(tensors, f"theta.{k}.")})
             restore_optimizer(optimizer, tensors, f"adam.{k}.")
         self.step, self.outer, self.history = meta["step"], meta["outer"], meta["history"]
 
@@ -269,10 +270,10 @@ def snapshot_name(number: int) -> str:
     return f"snapshot-{number}"
 
 
-def save_snapshot(run: Trajectory, directory: Path) -> None:
-    """The classifiers and W as they are now."""
+def save_snapshot(run: Trajectory, directory: Path, first: bool) -> None:
+    """The classifiers and W as they are now; a tower that all have is in the very first alone."""
     for k, model in enumerate(run.models):
-        save_classifier(directory / f"classifier-{k}.safetensors", model)
+        save_classifier(directory / f"classifier-{k}.safetensors", model, whole=first and k == 0)
     save_tensors(directory / "weight_net.safetensors", run.weight_net.state_dict())
 
 
@@ -291,7 +292,7 @@ def train_trajectory(
             run.advance()
             for number, step in enumerate(config.snapshot_steps()):
                 if step == run.step:
-                    save_snapshot(run, directory / snapshot_name(number))
+                    save_snapshot(run, directory / snapshot_name(number), number == 0)
             task.advance(outer_loss=run.history[-1]["outer_loss"])
             if signals.stop_requested() or time.monotonic() - last > SAVE_EVERY:
                 save_checkpoint(checkpoint, run.tensors(), run.meta())

@@ -28,7 +28,7 @@ from .value_model import (
     Snapshot,
     ValueModel,
     load_value,
-    read_snapshot,
+    read_snapshots,
 )
 
 BATCH = 256  # images that are judged at once
@@ -66,7 +66,7 @@ def train_values(
     train_trajectory(run, directory, checkpoint, progress)
     entries = [snapshot_entry(i, config.folds) for i in range(config.snapshots)]
     facts = describe(run, entries, data, seed)
-    snapshots = [read_snapshot(directory, entry).to(device) for entry in entries]
+    snapshots = [s.to(device) for s in read_snapshots(directory, entries)]
     reference = reference_tensors(snapshots, pool, known)
     save_tensors(directory / REFERENCE, reference)
     facts["duplicate_distance"] = duplicate_distance(reference)

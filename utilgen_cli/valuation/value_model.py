@@ -1,7 +1,8 @@
 """A trained value model: classifiers and weight networks along the trajectory, averaged.
 
 On disk: value.json, and a directory a snapshot with plain safetensors; nothing needs utilgen to be
-read. Utility and logit are differentiable with respect to the images.
+read. A tower that is never trained lies in the first classifier of the first snapshot. Utility and
+logit are differentiable with respect to the images.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ class ValueModel(nn.Module):
         """
         n = len(images_bchw)
         votes = _Votes(n, len(self.classes), next(self.parameters()))
+        shared = self._shared_features(images_bchw)
         left = torch.full((n,), passes or len(self.snapshots) * self.folds)
         for s in reversed(range(len(self.snapshots))):
             snapshot = cast(Snapshot, self.snapshots[s])
@@ -146,7 +148,10 @@ class ValueModel(nn.Module):
                 seen = torch.ones_like(may) if keeps_features else may
                 if not bool(seen.any()):
                     continue
-                features = _features(classifier, images_bchw[seen])
+                if shared is None:
+                    features = _features(classifier, images_bchw[seen])
+                else:
+                    features = shared[seen]
                 if keeps_features:
                     votes.features = F.normalize(features, dim=1)
                     features = features[may]
@@ -155,6 +160,12 @@ class ValueModel(nn.Module):
                     votes.add(at, classifier, snapshot.weight_net, features, labels)
                     left -= may.long()
         return votes.result()
+
+    def _shared_features(self, images_bchw: Tensor) -> Tensor | None:
+        """The features of all members where they have one tower."""
+        first, *others = (c for s in cast(Any, self.snapshots) for c in s.classifiers)
+        same = others and all(c.tower is first.tower for c in others)
+        return _features(first, images_bchw) if same else None
 
     def _may_speak(self, fold: int, n: int, folds: Tensor | None) -> Tensor:
         if folds is None or self.folds == 1:
@@ -257,7 +268,7 @@ def load_value(
             f"{facts['canary']['auroc']:.2f})", "Train it on more real images; "
             "`value score --force` takes it all the same.",
         )  # fmt: skip
-    snapshots = [read_snapshot(directory, entry) for entry in facts["snapshots"]]
+    snapshots = read_snapshots(directory, facts["snapshots"])
     reference = {k: t.to(device) for k, t in _read_tensors(directory / REFERENCE).items()}
     model = ValueModel(snapshots, facts, reference).to(device)
     for name, tensor in {**model.state_dict(), **reference}.items():
@@ -299,16 +310,28 @@ def is_sound(facts: dict[str, Any]) -> bool:
         return False
 
 
-def read_snapshot(directory: Path, entry: dict[str, Any]) -> Snapshot:
-    """A snapshot by its entry in value.json. BadInput: a file holds something else."""
-    tensors = _read_tensors(directory / entry["weight_net"])
+def read_snapshots(directory: Path, entries: Sequence[dict[str, Any]]) -> list[Snapshot]:
+    """Snapshots by their entries in value.json. BadInput: a file holds something else."""
+    first: Classifier | None = None
+    found = []
+    for entry in entries:
+        classifiers = []
+        for name in entry["classifiers"]:
+            classifiers.append(load_classifier(directory / name, first))
+            first = first or classifiers[0]
+        found.append(Snapshot(classifiers, _read_weight_net(directory / entry["weight_net"])))
+    return found
+
+
+def _read_weight_net(path: Path) -> WeightNet:
+    tensors = _read_tensors(path)
     try:
         net = WeightNet(len(tensors["hidden.bias"]))
         net.load_state_dict(tensors)
     except (KeyError, RuntimeError, TypeError):
-        where = str(directory / entry["weight_net"])
-        raise BadInput(where, "not a weight network", "Train the value model again.") from None
-    return Snapshot([load_classifier(directory / name) for name in entry["classifiers"]], net)
+        why, advice = "not a weight network", "Train the value model again."
+        raise BadInput(str(path), why, advice) from None
+    return net
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
