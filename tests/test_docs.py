@@ -168,3 +168,17 @@ def test_a_scorer_of_ones_own_is_what_the_page_shows(utilgen: Run, tmp_path: Pat
     for pair in found:
         means = [decode_member(pair, n, pair.members[n]).mean() for n in ("win.png", "lose.png")]
         assert means[0] > means[1]
+
+
+def test_the_page_about_python_runs_as_it_stands(tmp_path: Path) -> None:
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
+    assert len(programs) == 4
+    for name in ("real", "val"):
+        (tmp_path / name).symlink_to(DATA / name)
+    program = "".join(programs).replace("steps=400", "steps=40, folds=2")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "'verdict': " in done.stdout and "tensor(" in done.stdout
+    drawn = list(open_source([str(tmp_path / "synth")]).samples())
+    assert [s.key for s in drawn] == ["0000-000000", "0003-000000", "0003-000001"]
