@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -119,6 +121,20 @@ def test_means_over_models_are_those_of_the_stack_and_hold_few_models_at_once() 
 
     whole = [torch.stack(parts).mean(0) for parts in zip(*map(drawn, range(7)), strict=True)]
     torch.testing.assert_close(list(inf.mean_over(models())), whole, rtol=1e-14, atol=1e-15)
+
+
+def test_the_temperature_of_many_classes_takes_little_memory() -> None:
+    code = """if True:
+        import resource, torch
+        from utilgen_cli.classification.influence import temperature
+        z, y = torch.randn(600, 600), torch.arange(600)
+        temperature(z[:9], y[:9])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        temperature(z, y)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(done.stdout) < 100_000  # KiB; 201 copies of the logits are 580,000
 
 
 def test_the_temperature_undoes_overconfidence() -> None:

@@ -37,8 +37,10 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     Never below one: where every label is right, sharpening would leave no gradient to compare.
     """
     candidates = torch.logspace(0, 2, 201, dtype=torch.float64)
-    losses = [torch.nn.functional.cross_entropy(logits.double() / t, labels) for t in candidates]
-    return candidates[int(torch.stack(losses).argmin())].item()
+    exact = logits.double()
+    # As numbers: a tensor a candidate, kept between the freed logits, holds the heap open.
+    losses = [torch.nn.functional.cross_entropy(exact / t, labels).item() for t in candidates]
+    return candidates[int(np.argmin(losses))].item()
 
 
 def solve_hessian(h: Tensor, p: Tensor, target: Tensor, damping: float, steps: int = 100) -> Tensor:
