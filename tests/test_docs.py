@@ -156,7 +156,8 @@ def test_quickstart_is_short_and_sound(bash: Run) -> None:
 
 def test_a_scorer_of_ones_own_is_what_the_page_shows(utilgen: Run, tmp_path: Path) -> None:
     """The program of docs/streams.md, between a command that draws and one that pairs."""
-    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/streams.md").read_text(), re.S)
+    page = (ROOT / "docs/streams.md").read_text()
+    program, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
     drawn = tar_bytes(make_sample(i, i % 2) for i in range(16))
     (tmp_path / "bright.py").write_text(program)
     scored = subprocess.run(

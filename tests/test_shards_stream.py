@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import subprocess
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +24,9 @@ from utilgen_cli.shards.check import check_shards
 from utilgen_cli.shards.operands import Source, expand_braces, open_source, parse_part
 from utilgen_cli.shards.reader import read_tar
 from utilgen_cli.shards.sample import Sample, encode_json
-from utilgen_cli.shards.writer import stats_path, write_shard
+from utilgen_cli.shards.writer import stats_path, tar_member, write_shard
 
-from .conftest import make_sample, tar_bytes
+from .conftest import ROOT, make_sample, tar_bytes
 
 keys = st.from_regex(
     r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}(/[A-Za-z0-9][A-Za-z0-9_-]{0,20})?", fullmatch=True
@@ -99,6 +104,45 @@ def test_tars_of_other_writers_are_read(tmp_path: Path) -> None:
         writer.write({"__key__": "a1", "cls": "3", "json": {"x": 1}})
     [back] = open_source([str(tmp_path / "w.tar")]).samples()
     assert (back.key, back.label, back.facts) == ("a1", 3, {"x": 1})
+
+
+def test_what_a_foreign_sample_lacks_is_told_with_what_it_has() -> None:
+    lower, upper = Sample("a", {"txt": b"a dog", "json": b"{}"}), Sample("b", {"JPG": b"x"})
+    with pytest.raises(BadInput, match="no cls member, only txt, json"):
+        _ = lower.label
+    with pytest.raises(BadInput, match=r"no image member \(.*\), only JPG"):
+        _ = upper.image
+    with pytest.raises(BadInput, match="only m0, m1, m2, m3, m4, m5 and others"):
+        _ = Sample("c", {f"m{i}": b"" for i in range(9)}).label
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_called_that(packed: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(BadInput, match=r"is compressed by .*Unpack it first"):
+        read_all(packed(tar_bytes([make_sample(i) for i in range(9)])))
+
+
+def test_a_bad_key_is_told_with_its_member() -> None:
+    with pytest.raises(BadInput, match=r"member '\./\._a\.jpg': bad key"):
+        read_all(tar_member("./._a.jpg", b"x") + bytes(1024))
+
+
+def test_webdataset_makes_foreign_shards_ours_as_the_page_shows(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "streams.md").read_text()
+    program = page.split("```python\nimport webdataset")[1].split("```")[0]
+    texts = {"a dog": b"photo", "a cat": b"other photo"}
+    foreign = b"".join(
+        tar_member(f"photo {number}.{kind}", data)
+        for number, (text, photo) in enumerate(texts.items())
+        for kind, data in (("JPG", photo), ("txt", text.encode()))
+    )
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "0.tar.gz").write_bytes(gzip.compress(foreign + bytes(1024)))
+    (tmp_path / "ours").mkdir()
+    subprocess.run([sys.executable, "-c", f"import webdataset{program}"], cwd=tmp_path, check=True)
+    back = list(open_source([str(tmp_path / "ours")]).samples())
+    assert [(s.label, s.facts["class_name"]) for s in back] == [(1, "dog"), (0, "cat")]
+    assert [s.image for s in back] == [("jpg", data) for data in texts.values()]
 
 
 def test_gnu_tar_lists_what_was_written(tmp_path: Path) -> None:

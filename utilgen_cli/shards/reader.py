@@ -26,6 +26,10 @@ MAX_MEMBERS = 256  # of a sample
 MAX_PADDING = 1 << 26  # zero bytes after an end mark
 KEY_RULE = "Keys are ASCII letters, digits, _, / and -, 80 bytes at most."
 WHAT_TO_DO = "Make it again, or copy it again if the copy broke off."
+PACKED = {  # how compressed files begin: whose, and what unpacks them
+    b"\x1f\x8b": ("gzip", "gunzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ": ("xz", "unxz"), b"BZh": ("bzip2", "bunzip2"), b"PK\3\4": ("zip", "unzip"),
+}  # fmt: skip
 
 
 def plain_header(block: bytes) -> tarfile.TarInfo | None:
@@ -137,10 +141,17 @@ class TarMembers:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             self.offset -= BLOCK
+            self._refuse_packed(block)
             self.fail("not a tar header")
         if info.size < 0:
             self.fail("a header with a negative size")
         return info
+
+    def _refuse_packed(self, block: bytes) -> None:
+        for begins, (kind, tool) in PACKED.items():
+            if self.offset == 0 and block.startswith(begins):
+                why, advice = f"is compressed by {kind}, and no tar", f"Unpack it first ({tool})."
+                raise BadInput(self.name, why, advice)
 
     def _extension(self, info: tarfile.TarInfo) -> dict[str, str]:
         if info.size > MAX_EXTENSION:
@@ -199,7 +210,7 @@ def _grouped(tar: TarMembers, name: str, hashed: bool) -> Iterator[tuple[Sample,
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample, digest.hexdigest()
-            sample, digest = _begin(key, f"{name} at byte {offset}"), hashlib.sha256()
+            sample, digest = _begin(key, f"{name} at byte {offset}", path), hashlib.sha256()
         _add(sample, member, data)
         for block in tar.take_raw() if hashed else ():
             digest.update(block)
@@ -230,9 +241,9 @@ def _split(path: str, offset: int, name: str) -> tuple[str, str]:
     return f"{directory}{slash}{stem}", member
 
 
-def _begin(key: str, origin: str) -> Sample:
+def _begin(key: str, origin: str, path: str) -> Sample:
     try:
         check_key(key)
     except ValueError as error:
-        raise BadInput(origin, str(error), KEY_RULE) from None
+        raise BadInput(f"{origin}: member {path[:100]!r}", str(error), KEY_RULE) from None
     return Sample(key, {}, origin)

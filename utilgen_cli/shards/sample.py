@@ -17,6 +17,7 @@ IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_/-]*")
 TEXTS = {"prompt": (str, NoneType), "model": (str, NoneType), "class_name": (str, int, NoneType)}
 REMEDY = "Repair or remove it, then run again."
+SHOWN = 6  # members that a message names
 MAX_KEY = 80  # bytes: key and member name then fit a plain ustar header
 
 
@@ -80,12 +81,17 @@ class Sample:
         for name in IMAGE_TYPES:
             if name in self.members:
                 return name, self.members[name]
-        raise self.bad(f"it has no image member ({', '.join(IMAGE_TYPES)})", "no image")
+        why = f"it has no image member ({', '.join(IMAGE_TYPES)})"
+        raise self.bad(f"{why}, only {self._listed()}", "no image")
 
     def _member(self, name: str) -> bytes:
         if name not in self.members:
-            raise self.bad(f"it has no {name} member")
+            raise self.bad(f"it has no {name} member, only {self._listed()}")
         return self.members[name]
+
+    def _listed(self) -> str:
+        names = list(self.members)
+        return ", ".join(names[:SHOWN]) + " and others" * (len(names) > SHOWN)
 
     def bad(self, why: str, reason: str = BadSample.reason) -> BadSample:
         """The error that says what is wrong with this sample and where it stands."""
