@@ -129,6 +129,17 @@ def test_the_summary_counts_duplicates_and_agreement(value):
     assert set(summary["classes"]) == {"red", "green", "blue"}
 
 
+def test_two_classes_of_one_name_are_summed_up_apart(value, monkeypatch):
+    monkeypatch.setattr(value, "classes", ["crane", "dog", "crane"])
+    names = ("crane", "dog", "crane")
+    scorer = Scorer(value)
+    list(scorer(with_label(s, s.label, names[s.label]) for s in as_samples(colours(4, 7))))
+    rows = scorer.summary()["classes"]
+    assert {name: row["samples"] for name, row in rows.items()} == {
+        "crane (0)": 4, "dog": 4, "crane (2)": 4,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("label, name, why", [(3, "grey", "3 classes"), (1, "teal", "'green'")])
 def test_another_task_s_classes_are_refused(value, label, name, why):
     sample = with_label(as_samples(colours(1, 7))[0], label, name)

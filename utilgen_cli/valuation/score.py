@@ -144,12 +144,17 @@ class Scorer:
             for row, p in zip(rows, predicted, strict=True)
         ]
 
+    def _name(self, label: int) -> str:
+        """What a class is called; ImageNet has two cranes, which are told apart by their number."""
+        name = self.value.classes[label]
+        return f"{name} ({label})" if self.value.classes.count(name) > 1 else name
+
     def summary(self) -> dict[str, Any]:
         """Per class and over all, as JSON."""
         total = ClassSummary()
         for label in sorted(self.classes):
             total.add(self.classes[label])
-        rows = {self.value.classes[i]: self.classes[i].row() for i in sorted(self.classes)}
+        rows = {self._name(i): self.classes[i].row() for i in sorted(self.classes)}
         passed = total.right if self.agreed else total.samples
         return {"method": self.method, "all": total.row(), "passed": passed, "classes": rows}
 
