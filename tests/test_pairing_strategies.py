@@ -21,7 +21,7 @@ from utilgen_cli.shards.parquet import write_pickapic
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.shards.scores import pack_features, unpack_features
 from utilgen_cli.valuation.pair_strategies import STRATEGIES, distinct_rows
-from utilgen_cli.valuation.pairing import PairingConfig, PairingReport, pair_samples
+from utilgen_cli.valuation.pairing import ClassPairs, PairingConfig, PairingReport, pair_samples
 
 from .conftest import Run, tar_bytes
 
@@ -362,3 +362,14 @@ def test_memory_stays_below_a_kilobyte_a_sample() -> None:
         tracemalloc.stop()
         assert made >= count // 4 - 10
     assert peaks[1] - peaks[0] < 400 * 1000
+
+
+def test_of_many_classes_some_are_named() -> None:
+    report = PairingReport()
+    for label in range(100):
+        why = "it has one sample" if label < 50 else ""
+        report.classes[label] = ClassPairs(f"class {label}", 4, 0, label // 50 * (label - 47), why)
+    first, *rest = report.lines()
+    assert "in 50 of 100 classes (3 to 52 a class)" in first
+    assert len(rest) == 21 and rest[19] == "no pair in class 19: it has one sample"
+    assert rest[20] == "no pair in 30 more classes: see --json"

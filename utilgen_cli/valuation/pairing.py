@@ -23,6 +23,7 @@ from .pair_strategies import STRATEGIES, Pairs, distinct_rows, wins
 
 LAYOUTS = ("utilgen", "pickapic")
 MATCHES = ("auto", "value", "clip", "grey")
+SHOWN = 20  # classes that are named to people
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +103,20 @@ class PairingReport:
         self.classes = {int(n): ClassPairs(**c) for n, c in counts["classes"].items()}
 
     def lines(self) -> list[str]:
-        """For people: one line for the pairs, one for every class without."""
+        """For people: one line for the pairs, one for every class without (of many, for some)."""
         classes = [c for _, c in sorted(self.classes.items())]
         made = [c for c in classes if c.pairs]
         total = sum(c.pairs for c in made)
         counts = ", ".join(f"{c.name} {c.pairs}" for c in made)
+        if len(made) > SHOWN:
+            few, most = (bound(c.pairs for c in made) for bound in (min, max))
+            counts = f"{few} to {most} a class"
         first = f"{total} pairs in {len(made)} of {len(classes)} classes"
         if self.matched_by is not None:
             first += f", matched by {MATCH_NAMES[self.matched_by]}"
         missing = [f"no pair in {c.name}: {c.why_none}" for c in classes if not c.pairs]
+        if len(missing) > SHOWN:
+            missing[SHOWN:] = [f"no pair in {len(missing) - SHOWN} more classes: see --json"]
         return [f"{first} ({counts})" if counts else first, *missing]
 
 
