@@ -250,6 +250,17 @@ def test_check_finds_a_flipped_bit_a_cut_and_a_repeated_key(tmp_path: Path) -> N
     assert left == ["00000.tar", "00003.tar"]  # nothing is deleted for a key that stands twice
 
 
+def test_a_directory_that_may_not_be_read_is_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(NoInput, match=rf"{tmp_path}: Permission denied. Check its rights"):
+        open_source([str(tmp_path)])
+
+
 def test_operands(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar"):
         (tmp_path / name).write_bytes(tar_bytes([make_sample(ord(name[0]))]))

@@ -94,7 +94,12 @@ def open_source(
     paths: list[Path] = []
     for operand in operands:
         for name in expand_braces(operand):
-            paths += _expand(name, whole)
+            try:
+                paths += _expand(name, whole)
+            except PermissionError as error:
+                where = str(error.filename or name)
+                why = error.strerror or "cannot be read"
+                raise NoInput(where, why, "Check its rights.") from None
     return Source(tuple(paths), quarantine)
 
 
