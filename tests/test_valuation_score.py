@@ -298,6 +298,16 @@ def test_what_is_kept_is_bounded_and_has_all_that_may_be_picked(stream, count):
         assert best.of(label, CANDIDATES * n) == sorted(first, key=lambda e: e[1])
 
 
+def test_what_is_kept_of_many_classes_is_settled_in_one_go(monkeypatch):
+    cuts, cut = [], Best._cut
+    monkeypatch.setattr(Best, "_cut", lambda self, label: (cuts.append(label), cut(self, label)))
+    best = Best(3000)
+    for place in range(6000):
+        if best.wants(place % 300, place):
+            best.keep(place % 300, place, place, place)
+    assert best.portion == 10 and len(cuts) < 20_000
+
+
 def test_shares_go_round_until_all_are_dealt():
     assert shares(7, [1, 9, 9]) == [1, 3, 3]
     assert shares(9, [1, 2]) == [1, 2]

@@ -6,6 +6,7 @@ Chen, Zhang and Zhou 2018, "Fast Greedy MAP Inference for DPPs", algorithm 1.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from typing import Generic, TypeVar
@@ -70,11 +71,15 @@ class Best(Generic[T]):
     def _count(self, label: int) -> None:
         self.seen[label] += 1
         self.without_last += self.seen[label] < self.portion
-        while self.without_last >= self.count:
-            self.portion -= 1
-            self.without_last = sum(min(n, self.portion - 1) for n in self.seen.values())
+        if self.without_last >= self.count:
+            enough = bisect_left(range(self.portion), self.count, key=self._given)
+            self.portion, self.without_last = enough, self._given(enough - 1)
             for other in self.heaps:
                 self._cut(other)
+
+    def _given(self, most: int) -> int:
+        """What the classes seen would give if none gave more than `most`."""
+        return sum(min(n, most) for n in self.seen.values())
 
     def _cut(self, label: int) -> None:
         while len(self.heaps[label]) > CANDIDATES * self.portion:
