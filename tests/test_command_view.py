@@ -43,6 +43,16 @@ def test_a_utility_that_is_none_is_said_or_skipped(utilgen: Run, tmp_path: Path)
     assert (tmp_path / "page.html").read_text().count("<img") == 1
 
 
+def test_what_has_no_label_or_no_picture_is_skipped(utilgen: Run, tmp_path: Path) -> None:
+    whole, bare, blind = (make_sample(i) for i in range(3))
+    del bare.members["cls"], blind.members["png"]
+    (tmp_path / "some.tar").write_bytes(tar_bytes([bare, whole, blind]))
+    assert utilgen("view", "some.tar", check=False).returncode == 65
+    done = utilgen("view", "some.tar", "--on-error", "skip")
+    assert b"left out 2 bad samples: 1 no image" in done.stderr
+    assert "1 of 1 images in 1 classes" in (tmp_path / "view.html").read_text()
+
+
 def test_errors_are_one_line_and_nothing_is_written(utilgen: Run, tmp_path: Path) -> None:
     cut = tar_bytes([make_sample(0)])[:2048]
     for args, code, words in (

@@ -28,17 +28,16 @@ def view(
 
     Example: utilgen view scored/ -o page.html
     """
-    from ..report.view import view_page, view_png
+    from ..report.view import check_shown, view_page, view_png
     from ..runtime.errors import UsageError, printable
     from ..runtime.files import write_atomic
     from ..runtime.stdout import say
     from ..shards.operands import open_source
-    from ..shards.quarantine import check_any
-    from .quarantining import check_utility, quarantine_of, tell
+    from .quarantining import quarantine_of, tell
 
     if output.suffix not in (".html", ".png"):
         raise UsageError(f"-o {output}", "neither a page nor a picture", "End it in .html or .png.")
-    aside = quarantine_of(on_error, check_any, check_utility)
+    aside = quarantine_of(on_error, check_shown)
     source = open_source(shards, aside)
     if output.suffix == ".png":
         data = view_png(source.samples(), limit, lowest)

@@ -7,11 +7,23 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from ..runtime.errors import NoInput
+from ..shards.quarantine import check_any
 from ..shards.sample import Sample
+from ..shards.scores import UTILITY, utility_of
 from .html import page, tag
 from .sheets import ClassSheet, collect, contact_png, halves, pair_list, plain_sheet
 
 MAX_PAIRS = 200
+
+
+def check_shown(sample: Sample) -> None:
+    """BadSample unless it has a picture, or two of a pair, and all that is shown can be read."""
+    check_any(sample)
+    _ = sample.label
+    if UTILITY in sample.members:
+        utility_of(sample)
+    if halves(sample) is None:
+        _ = sample.image
 
 
 def view_page(samples: Iterable[Sample], title: str, limit: int, lowest: bool = False) -> str:
