@@ -21,7 +21,7 @@ from utilgen_cli.diffusion.ddim import initial_noise, sample
 from utilgen_cli.diffusion.finetune_config import FinetuneConfig
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator, warnings_of
 from utilgen_cli.diffusion.load import load_model
-from utilgen_cli.diffusion.pair_data import signs
+from utilgen_cli.diffusion.pair_data import check_judged, signs
 from utilgen_cli.diffusion.preference import PreferenceObjective
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
 from utilgen_cli.diffusion.tokens import class_folder, save_tokens
@@ -30,6 +30,7 @@ from utilgen_cli.runtime.artefact import CHECKPOINT
 from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError, UtilgenError
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source
+from utilgen_cli.shards.quarantine import Quarantine
 from utilgen_cli.shards.sample import Sample, encode_json
 
 from .conftest import DATA
@@ -382,6 +383,20 @@ def test_public_pair_sets_train_as_they_are(bundle: str, tmp_path: Path) -> None
     for flip in (False, True):
         train_preference(columns(flip), tmp_path / str(flip), config, **CPU)
     assert digest(tmp_path / "False" / LORA) == digest(tmp_path / "True" / LORA)
+
+
+def test_a_pair_that_cannot_be_learned_from_is_left_out() -> None:
+    good, no_label, half, other = pairs(4)
+    del no_label.members["cls"]
+    del half.members["lose.png"]
+    columns = {"jpg_0": good.members["win.png"], "jpg_1": good.members["lose.png"]}
+    other.members = {**columns, "label_0": b"1", "caption": b"\xff"}
+    aside = Quarantine(True, (check_judged,))
+    assert list(aside.screen([good, no_label, half, other])) == [good]
+    assert aside.reasons == {"unreadable": 2, "half a pair": 1}
+    single = next(shots())
+    with pytest.raises(BadInput, match="utilgen pairs"):
+        list(aside.screen([single]))
 
 
 def test_no_pairs_and_no_pair(bundle: str, tmp_path: Path) -> None:

@@ -75,9 +75,9 @@ def dpo(
     images of a pair, and the weights that do best on the held-out pairs are kept.
     """
     from ..diffusion.finetune_config import FinetuneConfig
+    from ..diffusion.pair_data import check_judged
     from ..diffusion.preference_run import DONE, PreferenceConfig, outcome, train_preference
     from ..runtime.errors import UsageError
-    from ..shards.quarantine import check_any
 
     if init is not None and rank is not None:
         raise UsageError("--rank", "--init has one of its own", "Leave one of them out.")
@@ -96,6 +96,6 @@ def dpo(
                                       rank or 16, full, flip, checkpointing,
                                       t.smoked(finetune, smoke)),
         shards=shards, model=model, output=output, device=device, precision=precision,
-        overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error, check_any),
+        overwrite=overwrite, quiet=quiet, aside=quarantine_of(on_error, check_judged),
     )  # fmt: skip
     t.finish(output, summary, as_json, quiet, outcome(summary))

@@ -21,6 +21,7 @@ from ..runtime import signals
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
+from ..shards.quarantine import check_any
 from ..shards.sample import Sample
 from ..shards.scores import UTILITY, utility_of
 from .latents import LatentCache, index_prompts
@@ -62,6 +63,12 @@ class Preferences:
         return len(self.prompt_index) if self.sign is None else int((self.sign != 0).sum())
 
 
+def check_judged(sample: Sample) -> None:
+    """BadSample unless it can be learned from as it is. BadInput: it is of another kind."""
+    check_any(sample)
+    parse_judged(sample)
+
+
 def parse_judged(sample: Sample) -> Judged:
     """A sample of `pairs`, in either layout, or one of `value score`. BadInput if it is none."""
     if "jpg_0" in sample.members:
@@ -77,6 +84,8 @@ def parse_judged(sample: Sample) -> Judged:
         return Judged((sides["win"], sides["lose"]), *about)
     if UTILITY in sample.members:
         return Judged((sample,), *about, utility_of(sample))
+    if sides:
+        raise sample.bad(f"of its two images it has only {', '.join(sides)}", "half a pair")
     raise BadInput(sample.key, "it has no win and lose images", "Make pairs with `utilgen pairs`.")
 
 
@@ -90,7 +99,10 @@ def _parse_pickapic(sample: Sample) -> Judged:
         raise sample.bad("its label_0 is neither 0 nor 1")
     if float(preferred) == 0:
         first, second = second, first
-    caption = sample.members.get("caption", b"").decode() or None
+    try:
+        caption = sample.members.get("caption", b"").decode() or None
+    except UnicodeDecodeError:
+        raise sample.bad("its caption is not UTF-8") from None
     return Judged((first, second), None, caption, None)
 
 
