@@ -76,6 +76,20 @@ def test_tokens_draw_what_they_draw_in_diffusers(
     assert (cond - named).abs().max() > 0.1
 
 
+def test_known_tokens_are_listed_once_for_all_prompts(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(bundle), tokens=make_tokens(tmp_path, 2))
+    kind, listed = type(model.tokenizer), []
+    known = kind.added_tokens_encoder.fget
+    spy = property(lambda tokenizer: listed.append(1) or known(tokenizer))
+    monkeypatch.setattr(kind, "added_tokens_encoder", spy)
+    one = model.token_ids(["a photo of a <utilgen-0002>"])
+    once = len(listed)
+    assert torch.equal(model.token_ids(["a photo of a <utilgen-0002>"] * 50), one.expand(50, -1))
+    assert len(listed) == 2 * once
+
+
 def test_each_file_holds_one_key_and_the_vectors(tmp_path: Path) -> None:
     tokens = make_tokens(tmp_path, 2)
     saved = [load_file(file) for file in files(tokens)]

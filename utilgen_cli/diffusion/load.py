@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +73,11 @@ class LatentDiffusion:
         """Padded token ids, int64 [P, L], on the model's device; too long prompts are cut."""
         from diffusers.loaders import TextualInversionLoaderMixin
 
-        expanded = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
+        known: Any = SimpleNamespace(  # the tokenizer makes this dictionary anew each time it is asked
+            tokenize=self.tokenizer.tokenize,
+            added_tokens_encoder=self.tokenizer.added_tokens_encoder,
+        )
+        expanded = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), known)
         encoded = self.tokenizer(
             expanded, padding="max_length", max_length=self.tokenizer.model_max_length,
             truncation=True, return_tensors="pt",
