@@ -54,6 +54,12 @@ def test_a_run_that_was_done_tells_what_it_told(utilgen: Run, tmp_path: Path) ->
     assert b"4 pairs in 2 of 2 classes" in utilgen(*args[:-2]).stderr
 
 
+def test_who_reads_a_directory_without_a_pair_is_sent_back(utilgen: Run) -> None:
+    utilgen("pairs", "-o", "none", "-q", input=tar_bytes([scored("a", 0.5, 0, picture(0))]))
+    done = utilgen("view", "none", "-o", "page.html", check=False)
+    assert done.returncode == 66 and b"left none: run it again to see why." in done.stderr
+
+
 def test_a_pipe_that_was_not_taken_counts_for_nothing(utilgen: Run) -> None:
     args = ("pairs", "-o", "pairs", "-q", "--json")
     first = json.loads(utilgen(*args, input=scored_tar()).stderr)

@@ -271,7 +271,7 @@ class LazyGenerator:
     def line(self) -> str:
         """The summary for people."""
         if not self.images:
-            return "nothing to draw: all shards are there"
+            return "nothing left to draw"
         rate = self.images / max(self.seconds, 1e-9)
         line = f"drew {self.images} images, {rate:.3g} images/s on {self.device.type}"
         found = self.utilisation()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from ..runtime.contents import is_output
 from ..runtime.errors import BadInput, NoInput, UsageError
 from .quarantine import Quarantine
 from .sample import Sample
@@ -114,7 +115,10 @@ def _expand(name: str, whole: bool) -> list[Path]:
             raise BadInput(str(lost[0]), why, advice)
         shards = sorted(p for p in path.iterdir() if p.suffix == ".tar")
         if not shards:
-            raise NoInput(name, "there is no .tar shard in it", "Make some with `utilgen pack`.")
+            advice = "Make some with `utilgen pack`."
+            if is_output(path):
+                advice = "The command that made it left none: run it again to see why."
+            raise NoInput(name, "there is no .tar shard in it", advice)
         return shards
     if not path.exists():
         raise NoInput(name, "no such file or directory", "Name shards or a directory of shards.")
