@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from utilgen_cli.diffusion import ddim
 from utilgen_cli.diffusion.adapters import fuse_adapters
@@ -18,7 +19,7 @@ from utilgen_cli.diffusion.bundle import parse_classes, read_defaults
 from utilgen_cli.diffusion.load import LatentDiffusion, class_names, class_prompts, load_model
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
-from .random_bundle import CLASSES, SIZE, make_bundle, make_unet
+from .random_bundle import CLASSES, SIZE, make_bundle, make_pipeline, make_unet
 
 ITEMS = [(0, 0), (1, 0), (2, 1)]
 PROMPTS = [f"a photo of a {name}" for name in CLASSES]
@@ -209,6 +210,21 @@ def pickled_weights(path: Path) -> None:
     file.unlink()
 
 
+def without(path: Path, folder: str, file: str, word: str) -> None:
+    tensors = load_file(path / folder / file)
+    kept = {key: value for key, value in tensors.items() if word not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, path / folder / file, {"format": "pt"})
+
+
+def half_a_unet(path: Path) -> None:
+    without(path, "unet", "diffusion_pytorch_model.safetensors", "mid_block")
+
+
+def half_a_text_encoder(path: Path) -> None:
+    without(path, "text_encoder", "model.safetensors", "layers.1")
+
+
 def wide_text_encoder(path: Path) -> None:
     config = dict(make_unet().config) | {"cross_attention_dim": 24}
     UNet2DConditionModel.from_config(config).save_pretrained(path / "unet")
@@ -219,15 +235,38 @@ def another_prediction(path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "flow"}))
 
 
-DAMAGE = [drop_unet, cut_weights, pickled_weights, wide_text_encoder, another_prediction]
+DAMAGE = [drop_unet, cut_weights, pickled_weights, half_a_unet, half_a_text_encoder,
+          wide_text_encoder, another_prediction]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_bundle_gets_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_broken_bundle_gets_one_line(
+    tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
+) -> None:
     damage(make_bundle(tmp_path))
+    capfd.readouterr()
     with pytest.raises((NoInput, BadInput)) as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # the libraries do not say it a second time
+
+
+def test_half_precision_weights_are_taken_where_there_are_no_others(tmp_path: Path) -> None:
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    model = load_model(str(tmp_path))
+    assert (draw(model) - draw_with_diffusers(pipe, model)).abs().max() < 0.1
+    make_pipeline(seed=1).save_pretrained(tmp_path)
+    other = load_model(str(tmp_path))
+    assert not torch.equal(other.unet.conv_in.weight, model.unet.conv_in.weight)
+
+
+def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    model = load_model(str(tmp_path))
+    assert (draw(model) - draw_with_diffusers(pipe, model)).abs().max() < 0.1
 
 
 def test_code_that_a_bundle_brings_is_never_run(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ..runtime.contents import contents
 from ..runtime.errors import BadInput, NoInput, UsageError
-from .bundle import check_fit, first_line, load_component
+from .bundle import check_fit, first_line, load_weights
 from .class_adapters import ClassAdapters, class_folders
 
 if TYPE_CHECKING:
@@ -89,11 +88,7 @@ def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None
     if not is_first:
         why = "is a whole U-Net and would undo the ones before it"
         raise UsageError(f"adapter {adapter}", why, "Name it first.")
-    load = partial(
-        UNet2DConditionModel.from_pretrained, torch_dtype=model.unet.dtype, use_safetensors=True,
-        local_files_only=True,
-    )  # fmt: skip
-    model.unet = load_component(adapter, "unet", load)
+    model.unet = load_weights(adapter, "unet", UNet2DConditionModel, torch_dtype=model.unet.dtype)
     check_fit(adapter, model.unet, model.text_encoder)
 
 

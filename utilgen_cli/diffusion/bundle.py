@@ -69,7 +69,7 @@ def _from_hub(hub_id: str) -> Path:
     fetch = partial(snapshot_download, hub_id, allow_patterns=patterns, etag_timeout=10)
     try:
         cached = Path(fetch(local_files_only=True))
-        if all((cached / folder / file).exists() for folder, file in WEIGHTS.items()):
+        if all(weights_variant(cached, folder) is not None for folder in WEIGHTS):
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -101,6 +101,37 @@ def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
             return load(path / folder)
     except Exception as error:  # the libraries raise whatever the file makes them stumble on
         raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
+
+
+def weights_variant(path: Path, folder: str) -> str | None:
+    """Which weights of a component are there: "" the plain ones, in one file or in several, else
+    "fp16" those of half precision; None without any."""
+    file = WEIGHTS[folder]
+    if any((path / folder / name).exists() for name in (file, f"{file}.index.json")):
+        return ""
+    half = file.replace(".safetensors", ".fp16.safetensors")
+    return "fp16" if (path / folder / half).exists() else None
+
+
+def load_weights(path: Path, folder: str, kind: Any, **options: Any) -> Any:
+    """One component with its weights, which are read from safetensors only.
+
+    NoInput: there are none. BadInput: they cannot be read, or some are missing, in whose place the
+    libraries put random ones.
+    """
+    variant = weights_variant(path, folder)
+    if variant is None and (path / folder).is_dir():
+        advice = "Save it again with diffusers' save_pretrained, which writes safetensors."
+        raise NoInput(f"{path / folder}", f"has no {WEIGHTS[folder]}", advice)
+    load = partial(
+        kind.from_pretrained, use_safetensors=True, local_files_only=True, variant=variant or None,
+        output_loading_info=True, **options,
+    )  # fmt: skip
+    module, info = load_component(path, folder, load)
+    if missing := sorted(info["missing_keys"]):
+        why = f"lacks {len(missing)} of its weights ({missing[0]})"
+        raise BadInput(f"{path / folder}", why, "Fetch the model again, whole.")
+    return module
 
 
 def check_fit(path: Path, unet: Any, text_encoder: Any) -> None:

@@ -7,6 +7,7 @@ model_index.json asks for (custom pipelines, remote code) is never looked at.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,14 @@ from torch import Tensor
 
 from ..runtime.errors import UsageError
 from .adapters import add_adapters
-from .bundle import check_fit, check_prediction, find_model, load_component, read_defaults
+from .bundle import (
+    check_fit,
+    check_prediction,
+    find_model,
+    load_component,
+    load_weights,
+    read_defaults,
+)
 from .tokens import add_tokens, read_index
 
 if TYPE_CHECKING:
@@ -215,13 +223,9 @@ def _load_bundle(
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    def weights(folder: str, kind: Any, **options: Any) -> Any:
-        load = partial(kind.from_pretrained, use_safetensors=True, local_files_only=True)
-        return load_component(path, folder, partial(load, **options))
-
-    unet = weights("unet", UNet2DConditionModel, torch_dtype=unet_dtype)
-    vae = weights("vae", AutoencoderKL, torch_dtype=dtype)
-    text_encoder = weights("text_encoder", CLIPTextModel, dtype=dtype)
+    unet = load_weights(path, "unet", UNet2DConditionModel, torch_dtype=unet_dtype)
+    vae = load_weights(path, "vae", AutoencoderKL, torch_dtype=dtype)
+    text_encoder = load_weights(path, "text_encoder", CLIPTextModel, dtype=dtype)
     tokenizer = load_component(path, "tokenizer", CLIPTokenizer.from_pretrained)
     scheduler = load_component(path, "scheduler", partial(load_scheduler, DDIMScheduler))
     check_fit(path, unet, text_encoder)
@@ -250,7 +254,10 @@ def load_scheduler(kind: Any, path: Path) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers' and transformers' log lines, warnings and loading bars off the terminal."""
+    """Keep diffusers' and transformers' log lines, warnings and loading bars off the terminal.
+
+    Of an error too: what they raise says the same, and becomes the one line that a user sees.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -258,7 +265,7 @@ def quiet_libraries() -> Iterator[None]:
     levels = [library.get_verbosity() for library in libraries]
     bars = [library.is_progress_bar_enabled() for library in libraries]
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
