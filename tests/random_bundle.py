@@ -31,13 +31,14 @@ def make_text_encoder(vocab_size: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def make_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIZE // 2, block_out_channels=(8, 16), layers_per_block=1,
-        cross_attention_dim=WIDTH, attention_head_dim=8, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+def make_unet(**changes: object) -> UNet2DConditionModel:
+    config = {
+        "sample_size": SIZE // 2, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "cross_attention_dim": WIDTH, "attention_head_dim": 8, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **changes,
+    }  # fmt: skip
+    return UNet2DConditionModel(**config)
 
 
 def make_vae() -> AutoencoderKL:

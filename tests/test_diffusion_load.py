@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -230,13 +234,20 @@ def wide_text_encoder(path: Path) -> None:
     UNet2DConditionModel.from_config(config).save_pretrained(path / "unet")
 
 
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def another_prediction(path: Path) -> None:
-    file = path / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "flow"}))
+    edit(path / "scheduler" / "scheduler_config.json", prediction_type="flow")
+
+
+def another_noise_schedule(path: Path) -> None:
+    FlowMatchEulerDiscreteScheduler().save_pretrained(path / "scheduler")
 
 
 DAMAGE = [drop_unet, cut_weights, pickled_weights, half_a_unet, half_a_text_encoder,
-          wide_text_encoder, another_prediction]  # fmt: skip
+          wide_text_encoder, another_prediction, another_noise_schedule]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -249,6 +260,52 @@ def test_a_broken_bundle_gets_one_line(
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")  # the libraries do not say it a second time
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [{"in_channels": 9}, {"num_class_embeds": 4}, {"time_cond_proj_dim": 8}, {"encoder_hid_dim": 8,
+     "encoder_hid_dim_type": "text_proj"}],
+    ids=["inpainting", "classes", "LCM", "other text"],
+)  # fmt: skip
+def test_a_unet_that_asks_for_more_than_a_prompt_is_refused(
+    tmp_path: Path, asks: dict[str, object]
+) -> None:
+    make_bundle(tmp_path)
+    make_unet(**asks).save_pretrained(tmp_path / "unet")
+    with pytest.raises(BadInput, match=rf"text-to-image model \({next(iter(asks))}: "):
+        load_model(str(tmp_path))
+
+
+def test_an_old_unet_was_trained_at_512_pixels_whatever_it_says(tmp_path: Path) -> None:
+    make_bundle(tmp_path, defaults=False)
+    edit(tmp_path / "unet" / "config.json", _diffusers_version="0.8.1", sample_size=32)
+    model = load_model(str(tmp_path))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert model.latent_shape[1] == pipe.unet.config.sample_size == 64
+
+
+def test_a_unet_without_a_size_needs_that_of_the_bundle(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    edit(tmp_path / "unet" / "config.json", sample_size=None)
+    assert load_model(str(tmp_path)).size == SIZE
+    (tmp_path / "utilgen.json").unlink()
+    with pytest.raises(BadInput, match=r"utilgen\.json: is needed"):
+        load_model(str(tmp_path))
+
+
+def test_the_timesteps_begin_where_they_do_in_diffusers(tmp_path: Path) -> None:
+    make_bundle(tmp_path, steps_offset=0)
+    edit(tmp_path / "scheduler" / "scheduler_config.json", steps_offset=0)
+    model = load_model(str(tmp_path))
+    theirs = draw_with_diffusers(StableDiffusionPipeline.from_pretrained(tmp_path), model)
+    assert (draw(model) - theirs).abs().max() < 0.1
+
+
+def test_one_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "photo.safetensors").touch()
+    with pytest.raises(BadInput, match="is one file, not a diffusers directory"):
+        load_model(str(tmp_path / "photo.safetensors"))
 
 
 def test_half_precision_weights_are_taken_where_there_are_no_others(tmp_path: Path) -> None:

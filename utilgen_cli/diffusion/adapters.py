@@ -89,7 +89,7 @@ def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None
         why = "is a whole U-Net and would undo the ones before it"
         raise UsageError(f"adapter {adapter}", why, "Name it first.")
     model.unet = load_weights(adapter, "unet", UNet2DConditionModel, torch_dtype=model.unet.dtype)
-    check_fit(adapter, model.unet, model.text_encoder)
+    check_fit(adapter, model.unet, model.text_encoder, model.vae)
 
 
 def _add_lora(model: LatentDiffusion, adapter: Path, name: str) -> None:

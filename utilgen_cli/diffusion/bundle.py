@@ -24,6 +24,10 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
 }
 T = TypeVar("T")
+CONDITIONS = (  # of a U-Net, which a prompt does not give: SDXL's, upscalers', LCM's, ...
+    "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim",
+    "time_cond_proj_dim",
+)  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -35,12 +39,15 @@ def find_model(name: str) -> Path:
 def local_model(name: str) -> Path | None:
     """The directory of a model that is built in or named by it; None for one of the hub.
 
-    NoInput: neither, and not the id of a hub's model.
+    NoInput: neither, and not the id of a hub's model. BadInput: one file, as other tools have it.
     """
     if name == "tiny":
         return Path(os.environ.get("UTILGEN_TINY") or Path(__file__).parents[1] / "tiny")
     if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises on a name that is too long)
         return Path(name)
+    if os.path.isfile(name):  # noqa: PTH113  (likewise)
+        advice = "Convert it: StableDiffusionPipeline.from_single_file(X).save_pretrained(DIR)."
+        raise BadInput(f"model {name}", "is one file, not a diffusers directory", advice)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", HUB_IDS.get(name, name), re.ASCII):
         raise NoInput(
             f"model {name}",
@@ -95,7 +102,8 @@ def first_line(error: BaseException, otherwise: str) -> str:
 def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
     """Load one component; anything that the library says about it becomes one line."""
     if not (path / folder).is_dir():
-        raise NoInput(f"model {path}", f"has no {folder}/", "Name a diffusers pipeline directory.")
+        advice = "Name a diffusers directory of Stable Diffusion 1.x or 2.x."
+        raise NoInput(f"model {path}", f"has no {folder}/", advice)
     try:
         with offline():
             return load(path / folder)
@@ -134,10 +142,28 @@ def load_weights(path: Path, folder: str, kind: Any, **options: Any) -> Any:
     return module
 
 
-def check_fit(path: Path, unet: Any, text_encoder: Any) -> None:
-    width = text_encoder.config.hidden_size
-    if unet.config.addition_embed_type is not None or unet.config.cross_attention_dim != width:
-        raise BadInput(f"model {path}", "is not a Stable Diffusion 1.x or 2.x text-to-image model")
+def check_fit(path: Path, unet: Any, text_encoder: Any, vae: Any) -> None:
+    """BadInput where a prompt and noise of the VAE's latents are not all that the U-Net takes."""
+    config, channels = unet.config, vae.config.latent_channels
+    fits = {
+        "cross_attention_dim": config.cross_attention_dim == text_encoder.config.hidden_size,
+        "in_channels": config.in_channels == channels,  # 9 to inpaint, 8 to edit, 7 to upscale
+        "out_channels": config.out_channels == channels,
+        **{name: getattr(config, name) is None for name in CONDITIONS},
+    }
+    if other := [name for name, holds in fits.items() if not holds]:
+        why = "is not a Stable Diffusion 1.x or 2.x text-to-image model"
+        raise BadInput(f"model {path}", f"{why} ({other[0]}: {getattr(config, other[0])})")
+
+
+def default_size(path: Path, unet: Any, scale: int) -> int:
+    """Pixels a side that the U-Net was trained at; `scale` is that of the VAE."""
+    side = unet.config.sample_size
+    if not isinstance(side, int):
+        advice = 'Write e.g. {"size": 512} there.'
+        raise BadInput(str(path / "utilgen.json"), f"is needed, as sample_size is {side}", advice)
+    old = re.match(r"0\.[0-8]\.", getattr(unet.config, "_diffusers_version", ""))
+    return (64 if old and side < 64 else side) * scale  # so diffusers' pipeline corrects it
 
 
 def check_prediction(path: Path, scheduler: Any) -> None:

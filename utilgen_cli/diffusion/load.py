@@ -25,6 +25,7 @@ from .adapters import add_adapters
 from .bundle import (
     check_fit,
     check_prediction,
+    default_size,
     find_model,
     load_component,
     load_weights,
@@ -228,12 +229,12 @@ def _load_bundle(
     text_encoder = load_weights(path, "text_encoder", CLIPTextModel, dtype=dtype)
     tokenizer = load_component(path, "tokenizer", CLIPTokenizer.from_pretrained)
     scheduler = load_component(path, "scheduler", partial(load_scheduler, DDIMScheduler))
-    check_fit(path, unet, text_encoder)
+    check_fit(path, unet, text_encoder, vae)
     check_prediction(path, scheduler)
     bundle = read_defaults(path)
     return LatentDiffusion(
         name=name, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet,
-        scheduler=scheduler, size=bundle.get("size", unet.config.sample_size * vae_scale(vae)),
+        scheduler=scheduler, size=bundle.get("size") or default_size(path, unet, vae_scale(vae)),
         steps=bundle.get("steps", 25), guidance_scale=float(bundle.get("guidance_scale", 7.5)),
         classes=bundle.get("classes"), template=bundle.get("template", TEMPLATE),
         clip=bundle.get("clip"), device=device, dtype=dtype,
@@ -243,11 +244,14 @@ def _load_bundle(
 def load_scheduler(kind: Any, path: Path) -> Any:
     """The bundle's noise schedule as DDIM, whatever sampler the bundle names.
 
-    Latents are never clipped (DDIMScheduler would by default), and a schedule that ends at zero
-    signal keeps 2^-24 of it, as diffusers' own solvers do.
+    Latents are never clipped (DDIMScheduler would by default), the timesteps begin at 1 (diffusers'
+    pipeline corrects both), and a schedule that ends at zero signal keeps 2^-24 of it, as its own
+    solvers do. ValueError: flow matching or EDM, which DDIM cannot follow.
     """
     config = json.loads((path / "scheduler_config.json").read_text())
-    scheduler = kind.from_config(config, clip_sample=False, thresholding=False)
+    if not config.keys() & {"beta_schedule", "trained_betas"}:
+        raise ValueError(f"{config.get('_class_name')} has another kind of noise schedule")
+    scheduler = kind.from_config(config, clip_sample=False, thresholding=False, steps_offset=1)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.clamp(min=2**-24)
     return scheduler
 
