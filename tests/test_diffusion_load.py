@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from utilgen_cli.diffusion import ddim
-from utilgen_cli.diffusion.adapters import fuse_adapters
+from utilgen_cli.diffusion.adapters import LORA_WEIGHTS, fuse_adapters
 from utilgen_cli.diffusion.bundle import parse_classes, read_defaults
 from utilgen_cli.diffusion.load import LatentDiffusion, class_names, class_prompts, load_model
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
@@ -169,6 +169,29 @@ def test_an_adapter_of_another_model_is_refused(adapters: dict[str, Path], tmp_p
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
     with pytest.raises(BadInput, match="does not fit model"):
         load_model(str(tmp_path), adapters=[adapters["unet"]])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(lambda key: key.replace("down_blocks.1", "down_blocks.7"), "which has 24 of its 32 layers"),
+     (lambda key: key.replace("unet.", "base_model.model."), "which has 0 of its 32 layers")],
+    ids=["other layers", "peft's own keys"],
+)  # fmt: skip
+def test_an_adapter_that_would_act_in_part_is_refused(
+    bundle: Path, adapters: dict[str, Path], tmp_path: Path, change: Callable[[str], str], why: str
+) -> None:
+    tensors = load_file(adapters["unet"] / LORA_WEIGHTS)
+    save_file({change(key): x for key, x in tensors.items()}, tmp_path / LORA_WEIGHTS)
+    with pytest.raises(BadInput, match=why):
+        load_model(str(bundle), adapters=[tmp_path])
+
+
+def test_scales_that_diffusers_would_pass_over_are_refused(bundle: Path, tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1)}
+    save_file({f"{name}.{k}": torch.ones(v) for k, v in tensors.items()}, tmp_path / LORA_WEIGHTS)
+    with pytest.raises(BadInput, match="DoRA"):
+        load_model(str(bundle), adapters=[tmp_path])
 
 
 def test_loading_says_nothing(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from ..runtime.contents import contents
 from ..runtime.errors import BadInput, NoInput, UsageError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .load import LatentDiffusion
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LAYER = re.compile(r"lora(_linear_layer)?[._](down|A)\.")  # in one key of each layer
 LEARNT_WITH = "learnt with"  # in the facts of tokens and policies
 
 
@@ -94,6 +97,8 @@ def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None
 
 def _add_lora(model: LatentDiffusion, adapter: Path, name: str) -> None:
     try:
+        with safe_open(adapter / LORA_WEIGHTS, "pt") as file:
+            keys = list(file.keys())
         as_pipeline(model).load_lora_weights(
             str(adapter), weight_name=LORA_WEIGHTS, adapter_name=name, use_safetensors=True,
             local_files_only=True,
@@ -101,6 +106,19 @@ def _add_lora(model: LatentDiffusion, adapter: Path, name: str) -> None:
     except Exception as error:  # peft raises whatever the keys and shapes make it stumble on
         why = first_line(error, "does not fit")
         raise BadInput(f"adapter {adapter}", f"does not fit model {model.name} ({why})") from error
+    _check_lora(model, f"adapter {adapter}", name, keys)
+
+
+def _check_lora(model: LatentDiffusion, adapter: str, name: str, keys: Sequence[str]) -> None:
+    """BadInput where something of the file was passed over, as diffusers does with a warning."""
+    if any(key.endswith("dora_scale") for key in keys):
+        raise BadInput(adapter, "is a DoRA of kohya's kind, whose scales diffusers leaves out")
+    modules = [*model.unet.modules(), *model.text_encoder.modules()]
+    found = sum(name in getattr(module, "lora_A", ()) for module in modules)
+    layers = sum(LAYER.search(key) is not None for key in keys)
+    if found != layers:
+        why = f"does not fit model {model.name}, which has {found} of its {layers} layers"
+        raise BadInput(adapter, why)
 
 
 def fuse_adapters(model: LatentDiffusion) -> None:
