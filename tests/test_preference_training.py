@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
 from utilgen_cli.diffusion.ddim import initial_noise, sample
@@ -264,6 +264,28 @@ def test_a_round_from_lora_keeps_its_text_encoder(bundle: str, tmp_path: Path) -
     assert before.keys() == after.keys()
     for key in before:
         assert torch.equal(before[key], after[key]) == key.startswith("text_encoder.")
+
+
+def test_a_round_from_another_tools_lora_keeps_its_strength_and_layers(
+    bundle: str, tmp_path: Path
+) -> None:
+    """kohya's have an alpha of their own and adapt more than attention."""
+    unet = load_model(bundle).unet
+    tensors = {}
+    for layer in ("attn1.to_q", "attn2.to_k", "attn2.to_out.0", "ff.net.2"):
+        layer = f"down_blocks.1.attentions.0.transformer_blocks.0.{layer}"
+        out, width = unet.get_submodule(layer).weight.shape
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, width)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, 2)
+        tensors[f"{name}.alpha"] = torch.tensor(0.5)
+    (tmp_path / "kohya").mkdir()
+    save_file(tensors, tmp_path / "kohya" / LORA)
+    still = replace(QUICK, steps=1, learning_rate=1e-12)
+    run_dpo(bundle, tmp_path / "dpo", still, count=12, init=tmp_path / "kohya")
+    before, after = (draw(bundle, [tmp_path / name]) for name in ("kohya", "dpo"))
+    assert (before - draw(bundle, [])).abs().max() > 4 / 255
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
 def test_full_tuning_writes_a_pipeline(bundle: str, tmp_path: Path) -> None:

@@ -89,13 +89,21 @@ def adapter_active(layers: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def lora_tensors(module: Any, prefix: str, name: str = "default") -> dict[str, torch.Tensor]:
-    """One adapter under the keys of diffusers' LoRA files (`unet.` or `text_encoder.` first)."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """One adapter under the keys of diffusers' LoRA files (`unet.` or `text_encoder.` first).
+
+    Layers are called as peft does: diffusers has names of its own for those of attention alone, and
+    of a file with both kinds loads one. Its files name no alpha, which is then read as the rank:
+    another one, as an adapter of another tool may have, is multiplied into B.
+    """
     from peft.utils import get_peft_model_state_dict
 
     # with class tokens peft would save the whole embedding table, which no loader takes
     state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
-    return {f"{prefix}.{key}": v for key, v in convert_state_dict_to_diffusers(state).items()}
+    for key, b in state.items():
+        layer, found, _ = key.partition(".lora_B.")
+        if found and (scaling := module.get_submodule(layer).scaling[name]) != 1:
+            state[key] = b * scaling
+    return {f"{prefix}.{key}": weight for key, weight in state.items()}
 
 
 def save_lora(
