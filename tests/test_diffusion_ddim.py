@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ def test_few_step_solvers_draw_what_the_diffusers_pipeline_draws(
 ) -> None:
     theirs = draw_with_diffusers(model, 6, 3.0, kind.from_config(model.scheduler.config))
     assert np.abs(draw(model, 6, 3.0, sampler) - theirs).max() < 0.05
+
+
+@pytest.mark.parametrize("algorithm", ["sde-dpmsolver++", "deis"])
+def test_a_bundle_that_names_another_solver_draws_the_same_twice(
+    tmp_path: Path, algorithm: str
+) -> None:
+    """The stochastic kind would draw from the global generator in every step."""
+    file = make_bundle(tmp_path) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "algorithm_type": algorithm}))
+    model = load_model(str(tmp_path))
+    assert np.array_equal(draw(model, 4, 3.0, "dpm++"), draw(model, 4, 3.0, "dpm++"))
 
 
 @given(

@@ -7,7 +7,8 @@ alpha-bar with the chain's end appended, float [T + 1], so that t = -1 means "af
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,15 +141,20 @@ def _multistep(
 def multistep_solver(scheduler: Any, sampler: str, steps: int) -> Any:
     """A fresh diffusers solver with the noise schedule of `scheduler`, set to so many steps.
 
-    UsageError where it would step from a timestep to the same one (a division by 0 there).
+    A bundle of another such solver may ask for a kind that draws noise of its own in every step,
+    unseeded; it gets the deterministic one. UsageError where it would step from a timestep to the
+    same one (a division by 0 there).
     """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-    kinds = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "dpm++": partial(DPMSolverMultistepScheduler.from_config, algorithm_type="dpmsolver++"),
+        "unipc": UniPCMultistepScheduler.from_config,
+    }
     if sampler not in kinds:
         raise UsageError(f"--sampler {sampler}", "unknown", f"Use one of {', '.join(SAMPLERS)}.")
     check_steps(scheduler, steps)
-    solver = kinds[sampler].from_config(scheduler.config)
+    solver = kinds[sampler](scheduler.config)
     solver.set_timesteps(steps)
     if not (solver.sigmas[1:] < solver.sigmas[:-1]).all():
         why = f"{sampler} would step on one spot with so many"
