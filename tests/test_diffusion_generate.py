@@ -243,6 +243,12 @@ def test_unknown_choices_are_refused(change: dict[str, str]) -> None:
         GenerateConfig("tiny", **change)  # type: ignore[arg-type]
 
 
+def test_pictures_without_their_class_are_refused() -> None:
+    """diffusers spells no guidance with a 0."""
+    with pytest.raises(UsageError, match="would draw without the class"):
+        GenerateConfig("tiny", guidance_scale=0)
+
+
 def test_classes_are_found_without_loading_a_model(bundle: Path, tmp_path: Path) -> None:
     tokens = make_tokens(tmp_path / "tokens", 1)
     assert known_classes(GenerateConfig(str(bundle))) == CLASSES

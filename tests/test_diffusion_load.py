@@ -368,7 +368,7 @@ def test_code_that_a_bundle_brings_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ['{"size": 7}', '{"size": 100000}', '{"steps": 0}', '{"steps": true}', '{"classes": [1]}',
-     '{"classes": []}', '{"guidance_scale": NaN}', '{"template": "no class"}', "{", "[]", '"x"'],
+     '{"classes": []}', '{"guidance_scale": NaN}', '{"guidance_scale": 0}', '{"template": "no class"}', "{", "[]", '"x"'],
 )  # fmt: skip
 def test_nonsense_defaults_are_bad_input(tmp_path: Path, text: str) -> None:
     (tmp_path / "utilgen.json").write_text(text)

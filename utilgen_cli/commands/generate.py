@@ -23,7 +23,8 @@ def generate(
         int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance. Default: the model's.")
+        float | None,
+        typer.Option(min=0, help="Classifier-free guidance, 1: none. Default: the model's."),
     ] = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, or for few steps (10 or so) dpm++ or unipc.")

@@ -91,5 +91,6 @@ SavePolicy = Annotated[
 Start = Annotated[int, typer.Option(min=0, help="Index of each class's first image.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
 GuidanceScale = Annotated[
-    float | None, typer.Option(min=0, help="Classifier-free guidance. Default: the model's.")
+    float | None,
+    typer.Option(min=0, help="Classifier-free guidance, 1: none. Default: the model's."),
 ]

@@ -183,7 +183,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
         checks: dict[str, Callable[[Any], bool]] = {
             "size": lambda v: type(v) is int and 8 <= v <= 4096 and v % 8 == 0,
             "steps": lambda v: type(v) is int and 1 <= v <= 1000,
-            "guidance_scale": lambda v: type(v) in (int, float) and 0 <= v <= 100,
+            "guidance_scale": lambda v: type(v) in (int, float) and 0 < v <= 100,
             "classes": lambda v: bool(v) and all(type(name) is str and name for name in v),
             "template": lambda v: type(v) is str and "{}" in v,
             "clip": lambda v: type(v) is str and len(v) <= 200,

@@ -51,6 +51,9 @@ class GenerateConfig:
         if self.sampler not in SAMPLERS:
             why = f"Use one of {', '.join(SAMPLERS)}."
             raise UsageError(f"--sampler {self.sampler}", "unknown", why)
+        if self.guidance_scale == 0:  # nothing but the empty prompt would be left
+            advice = "1 is no guidance here, as 0 is in diffusers."
+            raise UsageError("--guidance-scale 0", "would draw without the class", advice)
         if self.policy is not None and self.prompt is not None:
             raise UsageError(
                 "--prompt", "a policy has prompts of its own", "Leave one of them out."
