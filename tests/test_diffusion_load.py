@@ -171,6 +171,17 @@ def test_an_adapter_of_another_model_is_refused(adapters: dict[str, Path], tmp_p
         load_model(str(tmp_path), adapters=[adapters["unet"]])
 
 
+def test_an_adapter_may_be_one_file_of_another_tool(
+    bundle: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "myDog_v1.safetensors"
+    file.write_bytes((adapters["both"] / LORA_WEIGHTS).read_bytes())
+    theirs = draw(load_model(str(bundle), adapters=[adapters["both"]]))
+    assert torch.equal(draw(load_model(str(bundle), adapters=[file])), theirs)
+    with pytest.raises(NoInput, match="no such"):
+        load_model(str(bundle), adapters=[tmp_path / "other.safetensors"])
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [(lambda key: key.replace("down_blocks.1", "down_blocks.7"), "which has 24 of its 32 layers"),

@@ -45,8 +45,11 @@ Tokens = Annotated[
 ]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option("--adapter", help="Result of `dpo` or `lora`; may repeat.", show_default=False),
-]
+    typer.Option(
+        "--adapter", help="Result of `dpo` or `lora`, or a LoRA's .safetensors; may repeat.",
+        show_default=False,
+    ),
+]  # fmt: skip
 Classes = Annotated[
     str | None,
     typer.Option("--classes", help="Class names: a comma list, or a file with one a line."),

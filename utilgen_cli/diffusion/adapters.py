@@ -63,7 +63,8 @@ def is_whole(adapter: Path) -> bool:
 def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:
     """Stack the adapters on the model, in order.
 
-    Each is a LoRA, one LoRA a class (one such, `lora --per class`), or (first) a whole pipeline.
+    Each is a LoRA (a directory, or one file as other tools have it), one LoRA a class (one such,
+    `lora --per class`), or (first) a whole pipeline.
     """
     loras: dict[str, Path] = {}
     for i, adapter in enumerate(adapters):
@@ -73,14 +74,15 @@ def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:
             model.class_adapters = ClassAdapters(model, folders, str(adapter))
         elif is_whole(adapter):
             _replace_unet(model, adapter, is_first=i == 0)
-        elif (adapter / LORA_WEIGHTS).is_file():
-            loras[f"adapter{i}"] = adapter
+        elif (file := lora_file(adapter)).is_file():
+            loras[f"adapter{i}"] = file
         else:
             lacks = f"has neither unet/ nor {LORA_WEIGHTS}"
             why = lacks if adapter.is_dir() else "no such directory"
-            raise NoInput(f"adapter {adapter}", why, "Name a directory that dpo or lora wrote.")
-    for name, adapter in loras.items():  # last: they wrap the layers that the others hook
-        _add_lora(model, adapter, name)
+            advice = "Name a directory that dpo or lora wrote, or a LoRA's .safetensors."
+            raise NoInput(f"adapter {adapter}", why, advice)
+    for name, file in loras.items():  # last: they wrap the layers that the others hook
+        _add_lora(model, file, name)
     if loras:
         as_pipeline(model).set_adapters(list(loras))
 
@@ -95,18 +97,24 @@ def _replace_unet(model: LatentDiffusion, adapter: Path, is_first: bool) -> None
     check_fit(adapter, model.unet, model.text_encoder, model.vae)
 
 
-def _add_lora(model: LatentDiffusion, adapter: Path, name: str) -> None:
+def lora_file(adapter: Path) -> Path:
+    """Where the weights of a LoRA lie."""
+    return adapter if adapter.suffix == ".safetensors" else adapter / LORA_WEIGHTS
+
+
+def _add_lora(model: LatentDiffusion, file: Path, name: str) -> None:
+    what = f"adapter {file.parent if file.name == LORA_WEIGHTS else file}"
     try:
-        with safe_open(adapter / LORA_WEIGHTS, "pt") as file:
-            keys = list(file.keys())
+        with safe_open(file, "pt") as tensors:
+            keys = list(tensors.keys())
         as_pipeline(model).load_lora_weights(
-            str(adapter), weight_name=LORA_WEIGHTS, adapter_name=name, use_safetensors=True,
+            str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True,
             local_files_only=True,
         )  # fmt: skip
     except Exception as error:  # peft raises whatever the keys and shapes make it stumble on
         why = first_line(error, "does not fit")
-        raise BadInput(f"adapter {adapter}", f"does not fit model {model.name} ({why})") from error
-    _check_lora(model, f"adapter {adapter}", name, keys)
+        raise BadInput(what, f"does not fit model {model.name} ({why})") from error
+    _check_lora(model, what, name, keys)
 
 
 def _check_lora(model: LatentDiffusion, adapter: str, name: str, keys: Sequence[str]) -> None:
