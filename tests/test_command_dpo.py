@@ -76,7 +76,7 @@ def test_an_error_is_one_line_before_any_work(utilgen: Run, bundle: Path) -> Non
         ({"reference": "previous"}, 2, "Add --init."),
         ({"reference": "x"}, 2, "Use one of base, previous."),
         ({"beta": 0.0}, 2, "--beta 0.0: must be positive."),
-        ({"init": Path("nowhere")}, 66, "--init nowhere: no such directory."),
+        ({"init": Path("nowhere")}, 66, "--init nowhere: is not there."),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], code: int, says: str) -> None:

@@ -279,11 +279,10 @@ def test_a_round_from_another_tools_lora_keeps_its_strength_and_layers(
         tensors[f"{name}.lora_down.weight"] = torch.randn(2, width)
         tensors[f"{name}.lora_up.weight"] = torch.randn(out, 2)
         tensors[f"{name}.alpha"] = torch.tensor(0.5)
-    (tmp_path / "kohya").mkdir()
-    save_file(tensors, tmp_path / "kohya" / LORA)
+    save_file(tensors, tmp_path / "kohya.safetensors")
     still = replace(QUICK, steps=1, learning_rate=1e-12)
-    run_dpo(bundle, tmp_path / "dpo", still, count=12, init=tmp_path / "kohya")
-    before, after = (draw(bundle, [tmp_path / name]) for name in ("kohya", "dpo"))
+    run_dpo(bundle, tmp_path / "dpo", still, count=12, init=tmp_path / "kohya.safetensors")
+    before, after = (draw(bundle, [tmp_path / name]) for name in ("kohya.safetensors", "dpo"))
     assert (before - draw(bundle, [])).abs().max() > 4 / 255
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 

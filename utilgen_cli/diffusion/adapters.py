@@ -78,7 +78,7 @@ def add_adapters(model: LatentDiffusion, adapters: Sequence[Path]) -> None:
             loras[f"adapter{i}"] = file
         else:
             lacks = f"has neither unet/ nor {LORA_WEIGHTS}"
-            why = lacks if adapter.is_dir() else "no such directory"
+            why = lacks if adapter.exists() else "is not there"
             advice = "Name a directory that dpo or lora wrote, or a LoRA's .safetensors."
             raise NoInput(f"adapter {adapter}", why, advice)
     for name, file in loras.items():  # last: they wrap the layers that the others hook

@@ -66,8 +66,8 @@ class PreferenceConfig:
         parse_desirable(self.desirable)
         if self.reference == "previous" and self.init is None:
             raise UsageError("--reference previous", "there is no previous round", "Add --init.")
-        if self.init is not None and not self.init.is_dir():
-            raise NoInput(f"--init {self.init}", "no such directory", "Name what dpo or lora made.")
+        if self.init is not None and not self.init.exists():
+            raise NoInput(f"--init {self.init}", "is not there", "Name what dpo or lora made.")
         if self.init is not None and class_folders(self.init):
             advice = "Name one of its folders, or make one for all with lora --per dataset."
             raise UsageError(f"--init {self.init}", "holds one adapter a class", advice)
