@@ -407,3 +407,5 @@ def test_classes_come_from_a_comma_list_or_a_file(tmp_path: Path) -> None:
     for text in ("", " , ", "bag,bag", str(tmp_path / "latin.txt"), "caf\udce9,bag"):
         with pytest.raises(UsageError):
             parse_classes(text)
+    with pytest.raises(NoInput, match="no such file"):
+        parse_classes(str(tmp_path / "name.txt"))

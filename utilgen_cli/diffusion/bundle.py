@@ -202,7 +202,10 @@ def read_defaults(path: Path) -> dict[str, Any]:
 
 
 def parse_classes(text: str | None) -> tuple[str, ...] | None:
-    """`--classes`: a comma list, or a file with one name a line. UsageError: none, or twice."""
+    """`--classes`: a comma list, or a file with one name a line. UsageError: none, or twice.
+
+    NoInput: a file that is not there, which would be a class of that name.
+    """
     if text is None:
         return None
     if os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)
@@ -210,6 +213,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
             names = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UsageError(f"--classes {text}", "is not UTF-8", "Save it as UTF-8.") from None
+    elif text.endswith(".txt"):
+        raise NoInput(f"--classes {text}", "no such file", "Name one, or the classes: cat,dog,...")
     else:
         names = text.split(",")
     names = [name.strip() for name in names if name.strip()]
