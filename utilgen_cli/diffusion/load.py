@@ -82,7 +82,8 @@ class LatentDiffusion:
         """Padded token ids, int64 [P, L], on the model's device; too long prompts are cut."""
         from diffusers.loaders import TextualInversionLoaderMixin
 
-        known: Any = SimpleNamespace(  # the tokenizer makes this dictionary anew each time it is asked
+        # the tokenizer makes the dictionary of its added tokens anew each time that it is asked
+        known: Any = SimpleNamespace(
             tokenize=self.tokenizer.tokenize,
             added_tokens_encoder=self.tokenizer.added_tokens_encoder,
         )
