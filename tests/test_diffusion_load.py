@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -358,6 +362,35 @@ def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
     assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
     model = load_model(str(tmp_path))
     assert (draw(model) - draw_with_diffusers(pipe, model)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("how", [{}, {"variant": "fp16"}, {"max_shard_size": "40KB"}])
+def test_weights_are_fetched_in_the_files_that_a_repository_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, str]
+) -> None:
+    """Plain ones where it has them: no others then."""
+    hub, cache, asked = tmp_path / "hub", tmp_path / "cache", []
+    make_pipeline().save_pretrained(hub, **how)
+
+    def snapshot_download(
+        hub_id: str, allow_patterns: list[str], local_files_only: bool = False, **_: object
+    ) -> str:
+        if local_files_only and not cache.exists():
+            raise LocalEntryNotFoundError("not here")
+        for file in () if local_files_only else hub.rglob("*"):
+            name = str(file.relative_to(hub))
+            if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / name)
+        asked.append(local_files_only)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    drawn = draw(load_model("someone/model"))
+    assert torch.equal(drawn, draw(load_model(str(hub))))
+    assert asked == [False, False] if how else [False]
+    assert torch.equal(drawn, draw(load_model("someone/model")))
+    assert asked[-1]  # the second time the hub is not asked
 
 
 def test_code_that_a_bundle_brings_is_never_run(tmp_path: Path) -> None:

@@ -73,16 +73,19 @@ def _from_hub(hub_id: str) -> Path:
 
     patterns = ["utilgen.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
     patterns += [f"{folder}/{file}" for folder, file in WEIGHTS.items()]
-    fetch = partial(snapshot_download, hub_id, allow_patterns=patterns, etag_timeout=10)
+    fetch = partial(snapshot_download, hub_id, etag_timeout=10)
     try:
-        cached = Path(fetch(local_files_only=True))
-        if all(weights_variant(cached, folder) is not None for folder in WEIGHTS):
+        cached = Path(fetch(allow_patterns=patterns, local_files_only=True))
+        if not _other_weights(cached):
             return cached
     except LocalEntryNotFoundError:
         pass
     advice = "Download it where there is a network and name the directory with -m, or use -m tiny."
     try:
-        return Path(fetch())
+        path = Path(fetch(allow_patterns=patterns))
+        if others := _other_weights(path):
+            path = Path(fetch(allow_patterns=patterns + others))
+        return path
     except GatedRepoError:
         advice = f"Accept it at huggingface.co/{hub_id}, then run `hf auth login`."
         raise NoInput(f"model {hub_id}", "its licence is not accepted yet", advice) from None
@@ -91,6 +94,15 @@ def _from_hub(hub_id: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         why = f"cannot be reached ({first_line(error, type(error).__name__)})"
         raise NoInput(f"model {hub_id}", why, advice) from None
+
+
+def _other_weights(path: Path) -> list[str]:
+    """Patterns of the files that the components without weights may have them in instead: several
+    with an index, or one of half precision."""
+    stems = {folder: file.removesuffix(".safetensors") for folder, file in WEIGHTS.items()
+             if weights_variant(path, folder) is None}  # fmt: skip
+    kinds = ("{}/{}-*-of-*.safetensors", "{}/{}.safetensors.index.json", "{}/{}.fp16.safetensors")
+    return [kind.format(folder, stem) for folder, stem in stems.items() for kind in kinds]
 
 
 def first_line(error: BaseException, otherwise: str) -> str:
