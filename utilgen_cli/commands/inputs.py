@@ -33,7 +33,8 @@ def look_for_inputs(command: str, options: dict[str, Any]) -> None:
         of, _, name = key.rpartition(" ")
         for path in _listed(options.get(name)) if of in ("", command) else ():
             if not path.exists():
-                raise NoInput(f"--{name} {path}", "no such directory", f"Make one with {maker}.")
+                why = "no such file or directory" if maker == TUNED else "no such directory"
+                raise NoInput(f"--{name} {path}", why, f"Make one with {maker}.")
     if model := options.get("model"):
         from ..diffusion.bundle import local_model
 
