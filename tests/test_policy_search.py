@@ -125,26 +125,28 @@ def _falling(search: PromptSearch):  # type: ignore[no-untyped-def]
     return evaluate
 
 
-@pytest.mark.parametrize("iteration", [2, 3], ids=["at an evaluation", "between two"])
+@pytest.mark.parametrize("moment", range(8))
 def test_a_stopped_run_ends_with_the_same_prompts(
-    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Stopped at a signal and run again: bit for bit what one run gives."""
-    whole = search_of(model).run()
-    checkpoint, asked = tmp_path / "checkpoint.safetensors", count()
+    """Stopped at a signal, in the midst of an iteration or a look as well, and run again: bit for
+    bit what one run gives, and as many calls of the U-Net told."""
+    checkpoint, first, asked = tmp_path / "checkpoint.safetensors", search_of(model, chunk=3), []
+    monkeypatch.setattr(signals, "stop_requested", lambda: bool(asked.append(1)))
+    whole, times = first.run(), len(asked)
+    assert times > 5 * (first.state.iteration + 1)  # of which one is between two iterations
 
     def check() -> None:
         raise Stopped("TERM", "stopped with its state saved")
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(signals, "stop_requested", lambda: next(asked) == iteration)
+        ask = count()
+        patch.setattr(signals, "stop_requested", lambda: next(ask) == moment * times // 8)
         patch.setattr(signals, "check", check)
-        search_of(model).run(checkpoint)
-    second = search_of(model)
-    second.resume(checkpoint)
-    assert second.state.iteration == iteration
+        search_of(model, chunk=3).run(checkpoint)
+    second = search_of(model, chunk=3)
     torch.testing.assert_close(second.run(checkpoint), whole, rtol=0, atol=0)
-    assert [row["iteration"] for row in second.state.history] == [0, 2, 4, 6]
+    assert second.state == first.state and vars(second.calls) == vars(first.calls)
 
 
 def test_a_run_goes_on_with_another_chunk(model: LatentDiffusion, tmp_path: Path) -> None:

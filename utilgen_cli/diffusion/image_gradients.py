@@ -74,8 +74,10 @@ def accumulate(
     chosen: set[int],
     gradient_of: Callable[[Tensor], Tensor],
     chunk: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """G dimages/dcond [B, L, D]; of `chunk` images the graph of one step is held, or as much.
+    `between` is called before each such part.
 
     A run that fits, decoding included, is one graph. A larger one is drawn without, for G (a term
     may value the whole set); then G is pulled back step by step and chunk by chunk. Its images and
@@ -89,12 +91,13 @@ def accumulate(
     parts = list(zip(noise.split(chunk), cond.detach().split(chunk), strict=True))
     runs, drawn = [], []
     for x, p in parts:
+        between()
         run, images = rollout.draw(x, p, chosen)
         runs.append(run)
         drawn.append(images.cpu())
     gradient = gradient_of(torch.cat(drawn)).split(chunk)
-    pulled = [
-        rollout.pull_back(run, p, chosen, g.to(p.device))
-        for run, (_, p), g in zip(runs, parts, gradient, strict=True)
-    ]
+    pulled = []
+    for run, (_, p), g in zip(runs, parts, gradient, strict=True):
+        between()
+        pulled.append(rollout.pull_back(run, p, chosen, g.to(p.device)))
     return torch.cat(pulled)

@@ -31,7 +31,7 @@ from ..runtime.checkpoint import (
     save_checkpoint,
 )
 from ..runtime.errors import UtilgenError
-from ..runtime.progress import Progress, silent
+from ..runtime.progress import Progress, Task, silent
 from ..runtime.seeds import derive_seed, step_generator
 from .ddim import initial_noise
 from .image_gradients import (
@@ -109,6 +109,9 @@ class PromptSearch:
         self.rate = config.rate * rms(self.theta.detach())
         self.optimizer = torch.optim.Adam([self.theta], lr=self.rate, betas=(0.9, 0.99))
         self.state, self.calls = SearchState(), Calls()
+        self.calls_kept = (0, 0)  # those of all that is done, as `calls` has them
+        self.checkpoint: Path | None = None
+        self.task: Task | None = None
         self.chunk = config.chunk or default_chunk(rollout.model)
         self.best_theta = self.theta.detach().clone()
 
@@ -125,17 +128,20 @@ class PromptSearch:
             signals.deferred(),
             counted(self.rollout.model.unet, self.calls),
         ):
+            self.checkpoint, self.task = checkpoint, task
             task.advance(state.iteration)
             while True:
                 if self.due():
                     self.evaluate()
+                    self.keep()
                     if checkpoint is not None:
                         self.save(checkpoint)
-                self.leave_if_asked(checkpoint)
+                self.leave_if_asked()
                 if state.iteration >= config.iterations or self.stale():
                     break
                 self.step()
                 state.iteration += 1
+                self.keep()
                 task.advance(1, **self.figures())
         with torch.no_grad():
             self.theta.copy_(self.best_theta)
@@ -148,11 +154,22 @@ class PromptSearch:
             return False
         return iteration % self.config.evaluate_every == 0 or iteration == self.config.iterations
 
-    def leave_if_asked(self, checkpoint: Path | None) -> None:
+    def keep(self) -> None:
+        """An iteration, or a look at its iterate, is done: what it cost counts."""
+        self.calls_kept = self.calls.calls, self.calls.latents
+
+    def between(self) -> None:
+        """Between the parts of an iteration or a look, which change nothing before their end: tell
+        that it goes on, and leave if asked."""
+        if self.task is not None:
+            self.task.advance(0)
+        self.leave_if_asked()
+
+    def leave_if_asked(self) -> None:
         """After a signal: save, and raise `Stopped`."""
         if signals.stop_requested():
-            if checkpoint is not None:
-                self.save(checkpoint)
+            if self.checkpoint is not None:
+                self.save(self.checkpoint)
             signals.check()
 
     def step(self) -> None:
@@ -167,7 +184,9 @@ class PromptSearch:
             return image_gradients(self.terms, images, classes, self.chunk)[0]
 
         cond = self.embeds(classes, members)
-        pulled = accumulate(self.rollout, cond, noise, chosen, gradient_of, self.chunk)
+        pulled = accumulate(
+            self.rollout, cond, noise, chosen, gradient_of, self.chunk, self.between
+        )
         for c, m, g in self.in_parts(classes, members, pulled):
             self.prompts(c, m).backward(g)
         gradient = -self.member_gradients()
@@ -236,6 +255,7 @@ class PromptSearch:
         noise = self.noise(classes, "ilpo-validation")
         sums, squares = defaultdict[str, float](float), defaultdict[str, list[Tensor]](list)
         for at in class_blocks(classes, self.chunk):
+            self.between()
             labels = classes[at]
             parts = zip(
                 noise[at].split(self.chunk),
@@ -304,8 +324,8 @@ class PromptSearch:
             "best": self.best_theta,
             **optimizer_tensors(self.optimizer),
         }
-        calls = [self.calls.calls, self.calls.latents]
-        meta = {"config": self.config.facts(), "state": asdict(self.state), "calls": calls}
+        state, calls = asdict(self.state), list(self.calls_kept)
+        meta = {"config": self.config.facts(), "state": state, "calls": calls}
         save_checkpoint(path, tensors, meta)
 
     def resume(self, path: Path) -> None:
@@ -320,3 +340,4 @@ class PromptSearch:
         restore_optimizer(self.optimizer, tensors)
         self.state = SearchState(**meta["state"])
         self.calls.calls, self.calls.latents = meta["calls"]
+        self.keep()
