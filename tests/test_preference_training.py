@@ -420,6 +420,18 @@ def test_a_pair_that_cannot_be_learned_from_is_left_out() -> None:
         list(aside.screen([single]))
 
 
+def test_what_lacks_a_picture_is_left_out_in_every_layout() -> None:
+    text, first, second = pairs(3)
+    text.members["win.txt"] = text.members.pop("win.png")
+    first.members = {"jpg_0": picture(0, 256), "label_0": b"1"}
+    second.members = {"jpg_1": picture(0, 256), "label_0": b"1"}
+    scored = next(shots())
+    scored.members = {"utility.json": encode_json({"utility": 0.5}), "cls": b"0"}
+    aside = Quarantine(True, (check_judged,))
+    assert not list(aside.screen([text, first, second, scored]))
+    assert aside.reasons == {"no image": 2, "half a pair": 2}
+
+
 def test_no_pairs_and_no_pair(bundle: str, tmp_path: Path) -> None:
     config = PreferenceConfig(bundle, finetune=QUICK)
     with pytest.raises(BadInput, match="none"):

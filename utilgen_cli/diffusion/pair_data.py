@@ -22,7 +22,7 @@ from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
 from ..shards.quarantine import check_any
-from ..shards.sample import Sample
+from ..shards.sample import BadSample, Sample
 from ..shards.scores import UTILITY, utility_of
 from .latents import LatentCache, index_prompts
 
@@ -66,12 +66,13 @@ class Preferences:
 def check_judged(sample: Sample) -> None:
     """BadSample unless it can be learned from as it is. BadInput: it is of another kind."""
     check_any(sample)
-    parse_judged(sample)
+    for image in parse_judged(sample).images:
+        _ = image.image
 
 
 def parse_judged(sample: Sample) -> Judged:
     """A sample of `pairs`, in either layout, or one of `value score`. BadInput if it is none."""
-    if "jpg_0" in sample.members:
+    if "jpg_0" in sample.members or "jpg_1" in sample.members:
         return _parse_pickapic(sample)
     facts = sample.facts
     about = sample.label, facts.get("prompt"), facts.get("class_name")
@@ -85,14 +86,21 @@ def parse_judged(sample: Sample) -> Judged:
     if UTILITY in sample.members:
         return Judged((sample,), *about, utility_of(sample))
     if sides:
-        raise sample.bad(f"of its two images it has only {', '.join(sides)}", "half a pair")
+        raise _half(sample, *sides)
     raise BadInput(sample.key, "it has no win and lose images", "Make pairs with `utilgen pairs`.")
 
 
+def _half(sample: Sample, *sides: str) -> BadSample:
+    return sample.bad(f"of its two images it has only {', '.join(sides)}", "half a pair")
+
+
 def _parse_pickapic(sample: Sample) -> Judged:
+    names = [name for name in ("jpg_0", "jpg_1") if name in sample.members]
+    if len(names) < 2:
+        raise _half(sample, *names)
     first, second = (
-        Sample(f"{sample.key} ({name})", {"jpg": sample.members.get(name, b"")}, sample.origin)
-        for name in ("jpg_0", "jpg_1")
+        Sample(f"{sample.key} ({name})", {"jpg": sample.members[name]}, sample.origin)
+        for name in names
     )
     preferred = sample.members.get("label_0", b"").strip()
     if preferred not in (b"0", b"1", b"0.0", b"1.0"):
