@@ -269,15 +269,17 @@ def test_a_round_from_lora_keeps_its_text_encoder(bundle: str, tmp_path: Path) -
 def test_a_round_from_another_tools_lora_keeps_its_strength_and_layers(
     bundle: str, tmp_path: Path
 ) -> None:
-    """kohya's have an alpha of their own and adapt more than attention."""
+    """kohya's have an alpha of their own, adapt more than attention, and may differ in rank: of a
+    file without alphas diffusers 0.38 takes the first rank for the alpha of all layers."""
     unet = load_model(bundle).unet
     tensors = {}
     for layer in ("attn1.to_q", "attn2.to_k", "attn2.to_out.0", "ff.net.2"):
         layer = f"down_blocks.1.attentions.0.transformer_blocks.0.{layer}"
         out, width = unet.get_submodule(layer).weight.shape
         name = f"lora_unet_{layer.replace('.', '_')}"
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, width)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(out, 2)
+        rank = 1 if "ff" in layer else 2
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, width)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, rank)
         tensors[f"{name}.alpha"] = torch.tensor(0.5)
     save_file(tensors, tmp_path / "kohya.safetensors")
     still = replace(QUICK, steps=1, learning_rate=1e-12)
@@ -285,6 +287,8 @@ def test_a_round_from_another_tools_lora_keeps_its_strength_and_layers(
     before, after = (draw(bundle, [tmp_path / name]) for name in ("kohya.safetensors", "dpo"))
     assert (before - draw(bundle, [])).abs().max() > 4 / 255
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    learnt = load_file(tmp_path / "dpo" / LORA)
+    assert {x.shape[".lora_B." in key] for key, x in learnt.items()} == {2}
 
 
 def test_full_tuning_writes_a_pipeline(bundle: str, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def lora_tensors(module: Any, prefix: str, name: str = "default") -> dict[str, t
 
     Layers are called as peft does: diffusers has names of its own for those of attention alone, and
     of a file with both kinds loads one. Its files name no alpha, which is then read as the rank:
-    another one, as an adapter of another tool may have, is multiplied into B.
+    another one, as an adapter of another tool may have, is multiplied into B. All have one rank, as
+    diffusers below 0.42 takes the first layer's for the alpha of all.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -103,7 +104,22 @@ def lora_tensors(module: Any, prefix: str, name: str = "default") -> dict[str, t
         layer, found, _ = key.partition(".lora_B.")
         if found and (scaling := module.get_submodule(layer).scaling[name]) != 1:
             state[key] = b * scaling
-    return {f"{prefix}.{key}": weight for key, weight in state.items()}
+    return {f"{prefix}.{key}": weight for key, weight in of_one_rank(state).items()}
+
+
+def of_one_rank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A [r, in, ...] and B [out, r, ...] of each layer, with zeros up to the highest rank."""
+    axes = {"A": 0, "B": 1}
+    found = {key: at for key in state for side, at in axes.items() if f".lora_{side}.weight" in key}
+    rank = max((state[key].shape[at] for key, at in found.items()), default=0)
+    return state | {key: _padded(state[key], at, rank) for key, at in found.items()}
+
+
+def _padded(x: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    if x.shape[axis] == length:
+        return x
+    shape = [*x.shape[:axis], length - x.shape[axis], *x.shape[axis + 1 :]]
+    return torch.cat([x, x.new_zeros(shape)], axis)
 
 
 def save_lora(
