@@ -243,6 +243,7 @@ def test_a_tower_that_is_never_trained_is_kept_once_and_asked_once(tmp_path, mon
     tower.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     found = value.judge(images, DATA.synthetic.labels, folds)
     assert calls == [len(images)]
+    assert value.loss(images[:0], DATA.synthetic.labels[:0]).shape == (0,)
     for snapshot in value.snapshots:
         snapshot.classifiers = torch.nn.ModuleList(copy.deepcopy(c) for c in snapshot.classifiers)
     again = value.judge(images, DATA.synthetic.labels, folds)

@@ -138,7 +138,7 @@ class ValueModel(nn.Module):
         """
         n = len(images_bchw)
         votes = _Votes(n, len(self.classes), next(self.parameters()))
-        shared = self._shared_features(images_bchw)
+        shared = self._shared_features(images_bchw) if n else None  # no tower takes no image
         left = torch.full((n,), passes or len(self.snapshots) * self.folds)
         for s in reversed(range(len(self.snapshots))):
             snapshot = cast(Snapshot, self.snapshots[s])
