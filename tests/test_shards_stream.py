@@ -138,7 +138,6 @@ def test_webdataset_makes_foreign_shards_ours_as_the_page_shows(tmp_path: Path) 
     )
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "0.tar.gz").write_bytes(gzip.compress(foreign + bytes(1024)))
-    (tmp_path / "ours").mkdir()
     subprocess.run([sys.executable, "-c", f"import webdataset{program}"], cwd=tmp_path, check=True)
     back = list(open_source([str(tmp_path / "ours")]).samples())
     assert [(s.label, s.facts["class_name"]) for s in back] == [(1, "dog"), (0, "cat")]
