@@ -97,12 +97,24 @@ def _from_hub(hub_id: str) -> Path:
 
 
 def _other_weights(path: Path) -> list[str]:
-    """Patterns of the files that the components without weights may have them in instead: several
-    with an index, or one of half precision."""
-    stems = {folder: file.removesuffix(".safetensors") for folder, file in WEIGHTS.items()
-             if weights_variant(path, folder) is None}  # fmt: skip
+    """Patterns of the files that the components without all their weights may have them in instead:
+    several with an index, or one of half precision."""
+    stems = {
+        folder: file.removesuffix(".safetensors")
+        for folder, file in WEIGHTS.items()
+        if weights_variant(path, folder) is None or _lacks_shards(path / folder, file)
+    }
     kinds = ("{}/{}-*-of-*.safetensors", "{}/{}.safetensors.index.json", "{}/{}.fp16.safetensors")
     return [kind.format(folder, stem) for folder, stem in stems.items() for kind in kinds]
+
+
+def _lacks_shards(folder: Path, file: str) -> bool:
+    """True where the index of several files is there and one of them is not: a fetch broke off."""
+    index = folder / f"{file}.index.json"
+    if (folder / file).exists() or not index.exists():
+        return False
+    names = re.findall(r'"([\w.-]+-of-\d+\.safetensors)"', index.read_text(errors="replace"))
+    return not all((folder / name).exists() for name in names)
 
 
 def first_line(error: BaseException, otherwise: str) -> str:
