@@ -117,7 +117,7 @@ def _expand(name: str, whole: bool) -> list[Path]:
         if not shards:
             advice = "Make some with `utilgen pack`."
             if is_output(path):
-                advice = "The command that made it left none: run it again to see why."
+                advice = "Name another, or run what made it again to see why it left none."
             raise NoInput(name, "there is no .tar shard in it", advice)
         return shards
     if not path.exists():
