@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from utilgen_cli.classification.clip import adapted_layers
 from utilgen_cli.classification.models import build_classifier, load_classifier, save_classifier
@@ -82,6 +83,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_classifier(tmp_path / "text")
     with pytest.raises(NoInput):
         load_classifier(tmp_path / "missing")
+
+
+def test_a_head_without_its_weights_is_refused_beside_a_tower(tmp_path: Path) -> None:
+    like, path = build_classifier(f"open_clip:{CLIP}", 2, 32), tmp_path / "c.safetensors"
+    save_classifier(path, like, whole=False)
+    assert load_classifier(path, like).tower is like.tower
+    with safe_open(path, framework="pt") as f:
+        save_file({"head.bias": f.get_tensor("head.bias")}, path, f.metadata())
+    with pytest.raises(BadInput, match="holds other weights"):
+        load_classifier(path, like)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:

@@ -245,7 +245,8 @@ def load_classifier(path: Path, like: Classifier | None = None) -> Classifier:
         with offline(), torch.random.fork_rng():
             if like is not None and like.arch == arch and not whole:
                 model = _beside(like, count)
-                tensors = {**model.state_dict(), **tensors}
+                tower = {k: t for k, t in model.state_dict().items() if k.startswith("tower.")}
+                tensors = {**tower, **tensors}
             elif is_clip(arch):
                 model = _clip_classifier(arch, count, transform)
             else:
