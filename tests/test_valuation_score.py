@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.largest import Largest
 from tests.valuation_toys import as_samples, colours
+from utilgen_cli.commands.valuing import score_lines
 from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.valuation import neighbours
@@ -138,6 +139,13 @@ def test_two_classes_of_one_name_are_summed_up_apart(value, monkeypatch):
     assert {name: row["samples"] for name, row in rows.items()} == {
         "crane (0)": 4, "dog": 4, "crane (2)": 4,
     }  # fmt: skip
+
+
+def test_people_see_the_row_of_every_class_whatever_it_is_called(capsys):
+    columns = ("samples", "utility", "loss", "agreement", "duplicates", "disagreement")
+    row, names = dict.fromkeys(columns, 1), ["all", "x" * 50 + "a", "x" * 50 + "b"]
+    score_lines({"all": row, "passed": 1, "classes": dict.fromkeys(names, row)}, False, False)
+    assert len(capsys.readouterr().err.splitlines()) == 1 + len(names) + 1
 
 
 @pytest.mark.parametrize("label, name, why", [(3, "grey", "3 classes"), (1, "teal", "'green'")])

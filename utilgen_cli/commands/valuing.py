@@ -209,12 +209,12 @@ def score_lines(summary: dict[str, Any], as_json: bool, quiet: bool) -> None:
         return
     if quiet or not summary["all"]["samples"]:
         return
-    classes = {printable(name, 40): row for name, row in summary["classes"].items()}
-    rows = {**classes, "all": summary["all"]}
+    rows = [(printable(name, 40), row) for name, row in summary["classes"].items()]
+    rows.append(("all", summary["all"]))
     columns = ("samples", "utility", "loss", "agreement", "duplicates", "disagreement")
-    width = max(5, *(len(name) for name in rows))
+    width = max(5, *(len(name) for name, _ in rows))
     print("  ".join([f"{'class':<{width}}", *(f"{c:>12}" for c in columns)]), file=sys.stderr)
-    for name, row in rows.items():
+    for name, row in rows:
         print(
             "  ".join([f"{name:<{width}}", *(f"{_figure(row[c]):>12}" for c in columns)]),
             file=sys.stderr,
