@@ -68,6 +68,8 @@ def test_an_error_is_one_line_before_any_work(utilgen: Run, bundle: Path) -> Non
     assert done.returncode == 2 and done.stdout == b""
     line = "utilgen: dpo: --loss best: unknown. Use one of dpo, ipo, kto.\n"
     assert done.stderr.decode() == line
+    done = utilgen("dpo", "-m", bundle, "--init", "a.safetensors", "-o", "out", check=False)
+    assert b"--init a.safetensors: no such file or directory. Make one with" in done.stderr
 
 
 @pytest.mark.parametrize(
