@@ -364,19 +364,17 @@ def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
     assert (draw(model) - draw_with_diffusers(pipe, model)).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("how", [{}, {"variant": "fp16"}, {"max_shard_size": "40KB"}])
-def test_weights_are_fetched_in_the_files_that_a_repository_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, str]
-) -> None:
-    """Plain ones where it has them: no others then."""
-    hub, cache, asked = tmp_path / "hub", tmp_path / "cache", []
-    make_pipeline().save_pretrained(hub, **how)
+def fake_hub(monkeypatch: pytest.MonkeyPatch, hub: Path, cache: Path) -> list[bool]:
+    """A hub with one repository; of each call, whether the cache alone was asked."""
+    asked: list[bool] = []
 
     def snapshot_download(
         hub_id: str, allow_patterns: list[str], local_files_only: bool = False, **_: object
     ) -> str:
         if local_files_only and not cache.exists():
             raise LocalEntryNotFoundError("not here")
+        if not local_files_only and not hub.exists():
+            raise OSError("no network")
         for file in () if local_files_only else hub.rglob("*"):
             name = str(file.relative_to(hub))
             if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
@@ -386,14 +384,38 @@ def test_weights_are_fetched_in_the_files_that_a_repository_has(
         return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("how", [{}, {"variant": "fp16"}, {"max_shard_size": "40KB"}])
+def test_weights_are_fetched_in_the_files_that_a_repository_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, str]
+) -> None:
+    """Plain ones where it has them: no others then."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    make_pipeline().save_pretrained(hub, **how)
+    asked = fake_hub(monkeypatch, hub, cache)
     drawn = draw(load_model("someone/model"))
     assert torch.equal(drawn, draw(load_model(str(hub))))
     assert asked == [False, False] if how else [False]
     assert torch.equal(drawn, draw(load_model("someone/model")))
-    assert asked[-1]  # the second time the hub is not asked
+    assert asked[-1] == ("variant" not in how)  # the second time the hub is not asked
     for part in (cache / "unet").glob("*-00002-of-*"):  # where the fetch broke off
         part.unlink()
     assert torch.equal(drawn, draw(load_model("someone/model")))
+
+
+def test_half_precision_that_another_tool_left_is_taken_where_there_is_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that has it would draw other pictures than one that has nothing."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    make_pipeline().save_pretrained(cache, variant="fp16")
+    half = draw(load_model(str(cache)))
+    fake_hub(monkeypatch, hub, cache)
+    assert torch.equal(draw(load_model("someone/model")), half)
+    make_pipeline(seed=1).save_pretrained(hub)
+    assert torch.equal(draw(load_model("someone/model")), draw(load_model(str(hub))))
 
 
 def test_code_that_a_bundle_brings_is_never_run(tmp_path: Path) -> None:

@@ -65,35 +65,44 @@ def model_files(name: str) -> Path | None:
 
 def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["utilgen.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
     patterns += [f"{folder}/{file}" for folder, file in WEIGHTS.items()]
     fetch = partial(snapshot_download, hub_id, etag_timeout=10)
+    cached = None
     try:
         cached = Path(fetch(allow_patterns=patterns, local_files_only=True))
-        if not _other_weights(cached):
+        if not _other_weights(cached) and not _is_half(cached):
             return cached
     except LocalEntryNotFoundError:
         pass
-    advice = "Download it where there is a network and name the directory with -m, or use -m tiny."
     try:
         path = Path(fetch(allow_patterns=patterns))
         if others := _other_weights(path):
             path = Path(fetch(allow_patterns=patterns + others))
         return path
-    except GatedRepoError:
-        advice = f"Accept it at huggingface.co/{hub_id}, then run `hf auth login`."
-        raise NoInput(f"model {hub_id}", "its licence is not accepted yet", advice) from None
-    except RepositoryNotFoundError:
-        raise NoInput(f"model {hub_id}", "the hub has no such model", "Check the id.") from None
     except (OSError, RuntimeError, ValueError) as error:
-        why = f"cannot be reached ({first_line(error, type(error).__name__)})"
-        raise NoInput(f"model {hub_id}", why, advice) from None
+        if cached is not None and not _other_weights(cached):
+            return cached  # another tool left half precision, and nobody has more
+        raise _not_fetched(hub_id, error) from None
+
+
+def _not_fetched(hub_id: str, error: Exception) -> NoInput:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        advice = f"Accept it at huggingface.co/{hub_id}, then run `hf auth login`."
+        return NoInput(f"model {hub_id}", "its licence is not accepted yet", advice)
+    if isinstance(error, RepositoryNotFoundError):
+        return NoInput(f"model {hub_id}", "the hub has no such model", "Check the id.")
+    why = f"cannot be reached ({first_line(error, type(error).__name__)})"
+    advice = "Download it where there is a network and name the directory with -m, or use -m tiny."
+    return NoInput(f"model {hub_id}", why, advice)
+
+
+def _is_half(path: Path) -> bool:
+    return any(weights_variant(path, folder) == "fp16" for folder in WEIGHTS)
 
 
 def _other_weights(path: Path) -> list[str]:
