@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.policy_parts import make_clip, publish_clip
 from utilgen_cli.classification.models import build_classifier
+from utilgen_cli.diffusion.bundle import find_model
 from utilgen_cli.diffusion.clip import image_image_score, image_text_score, load_clip
 from utilgen_cli.diffusion.image_gradients import Term, image_gradients
 from utilgen_cli.diffusion.objectives import make_objective
@@ -228,9 +229,10 @@ def test_gradient_match_equals_plain_autograd() -> None:
     torch.testing.assert_close(same, torch.ones(3), atol=1e-4, rtol=0)
 
 
-def test_gradient_match_can_be_differentiated() -> None:
+@pytest.mark.parametrize("arch", ["small-cnn", f"open_clip:{find_model('tiny') / 'open_clip'}"])
+def test_gradient_match_can_be_differentiated(arch: str) -> None:
     """A small step along its gradient raises it."""
-    net = build_classifier("small-cnn", 2, 16).eval()
+    net = build_classifier(arch, 2, 16).eval()
     term = gradient_match([net], images(4, seed=1), torch.tensor([0, 0, 1, 1]))
     x, y = images(4, seed=3).requires_grad_(), torch.tensor([0, 0, 1, 1])
     before = term(x, y).sum()

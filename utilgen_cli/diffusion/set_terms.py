@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from ..runtime.device import plain_attention
 from ..runtime.errors import UsageError
 from .clip import AT_ONCE
 
@@ -77,7 +78,8 @@ def class_gradients(model: nn.Module, images_cn: Tensor, labels_c: Tensor) -> di
         logits = functional_call(model, (p, buffers), (x,))
         return F.cross_entropy(logits, y.expand(len(x)))
 
-    return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images_cn, labels_c)
+    with plain_attention():
+        return vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images_cn, labels_c)
 
 
 def gradient_match(snapshots: Sequence[nn.Module], shots: Tensor, shot_labels: Tensor) -> SetTerm:

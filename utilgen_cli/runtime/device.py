@@ -1,11 +1,14 @@
-"""Where and in which precision the work runs."""
+"""Where, in which precision and by which kernels the work runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UsageError
 from .ranks import world
@@ -47,3 +50,15 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     """x of the CPU on `device`. A plain copy waits until a GPU has done all that it was given; this
     one does not."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by kernels that can be differentiated forwards and twice: the fused ones cannot."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.func import jvp as forward_jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..runtime.device import plain_attention
 from .weight_net import normalised
 
 Named = dict[str, Tensor]
@@ -70,18 +70,6 @@ def losses_at(model: nn.Module, theta: Named, buffers: Named, batch: Batch) -> T
     """L_i(theta), the cross-entropy of each sample, [B]; `buffers` are updated in place."""
     logits = functional_call(model, {**theta, **buffers}, (batch[0],))
     return F.cross_entropy(logits, batch[1], reduction="none")
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by kernels that can be differentiated forwards and twice: the fused ones cannot."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
