@@ -33,6 +33,7 @@ from .latents import LatentCache, index_prompts
 from .load import LatentDiffusion, TokenPrompts, load_model
 from .lora import TEXT_TARGETS, UNET_TARGETS, add_lora, save_lora, train_lora_only
 from .preference_loss import denoising_error, diffusion_target
+from .prompts import taken
 from .tokens import class_folder
 
 DONE = "lora.json"
@@ -104,7 +105,8 @@ class DenoisingObjective:
     def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
         """The plain denoising loss of shots `rows`."""
         used, place = self.shots.prompt_index[rows].unique(return_inverse=True)
-        context = self.model.text_encoder(self.token_ids[used]).last_hidden_state[place]
+        encoded = self.model.text_encoder(self.token_ids[used]).last_hidden_state
+        context = taken(encoded, place.to(encoded.device))
         return noised_errors(self.model, self.shots, rows, draw, context).mean(), {}
 
 

@@ -26,7 +26,7 @@ from .datadream import Shots, noised_errors, read_shots
 from .finetune import Figures, Watch, finetune
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .load import LatentDiffusion, load_model
-from .prompts import replaced_embeddings
+from .prompts import replaced_embeddings, taken
 from .tokens import INDEX, extend_vocabulary, read_index, save_tokens, token_name
 
 CAPTIONS = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
@@ -116,10 +116,11 @@ class TokenObjective:
         ids = self.ids.flatten(0, 1)[used.to(self.device)]  # [P, L]
         table = self.model.text_encoder.get_input_embeddings().weight
         own = (ids - self.first).clamp(min=0)
-        theta = self.theta.flatten(0, 1)[own]
+        theta = taken(self.theta.flatten(0, 1), own)
         tokens = torch.where((ids >= self.first).unsqueeze(-1), theta, table[ids].float())
         with replaced_embeddings(self.model.text_encoder, tokens):
-            return self.model.text_encoder(ids).last_hidden_state[place.to(self.device)]
+            encoded = self.model.text_encoder(ids).last_hidden_state
+        return taken(encoded, place.to(self.device))
 
     def probe(self) -> float:
         """`mean_error` under the model's own caption."""

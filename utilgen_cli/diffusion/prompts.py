@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.seeds import derive_seed
@@ -41,7 +42,7 @@ class PromptEmbeds(nn.Module):
 
     def forward(self, classes: Tensor, members: Tensor) -> Tensor:
         """Prompt embeddings [B, L, D] of the given members."""
-        return self.theta[classes, members]
+        return taken(self.theta.flatten(0, 1), classes * self.theta.shape[1] + members)
 
 
 class TokenEmbeds(nn.Module):
@@ -71,10 +72,17 @@ class TokenEmbeds(nn.Module):
         """Prompt embeddings [B, L, D] of the given members; each is encoded once."""
         population = self.theta.shape[1]
         wanted, back = torch.unique(classes * population + members, return_inverse=True)
-        c, m = wanted // population, wanted % population
-        tokens = torch.where(self.mask[c], self.theta[c, m], self.start[c])
+        c, theta = wanted // population, taken(self.theta.flatten(0, 1), wanted)
+        tokens = torch.where(self.mask[c], theta, self.start[c])
         with replaced_embeddings(self.text_encoder[0], tokens):
-            return self.text_encoder[0](self.ids[c]).last_hidden_state.float()[back]
+            encoded = self.text_encoder[0](self.ids[c]).last_hidden_state.float()
+        return taken(encoded, back)
+
+
+def taken(x: Tensor, at: Tensor) -> Tensor:
+    """x[at], [*at.shape, ...], where rows are taken more than once: the gradient of an indexed
+    tensor then depends on the order in which the threads of a CPU add, and this one does not."""
+    return F.embedding(at, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 @contextmanager
