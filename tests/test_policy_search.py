@@ -143,8 +143,12 @@ def test_a_stopped_run_ends_with_the_same_prompts(
         ask = count()
         patch.setattr(signals, "stop_requested", lambda: next(ask) == moment * times // 8)
         patch.setattr(signals, "check", check)
-        search_of(model, chunk=3).run(checkpoint)
+        stopped = search_of(model, chunk=3)
+        stopped.run(checkpoint)
     second = search_of(model, chunk=3)
+    second.resume(checkpoint)
+    assert second.state == stopped.state
+    assert second.state.iteration >= moment * first.state.iteration // 8 - 1
     torch.testing.assert_close(second.run(checkpoint), whole, rtol=0, atol=0)
     assert second.state == first.state and vars(second.calls) == vars(first.calls)
 
