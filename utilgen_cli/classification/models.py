@@ -211,6 +211,14 @@ def learnt_state(model: Classifier) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def load_learnt(model: Classifier, state: dict[str, Tensor]) -> None:
+    """Load what `learnt_state` gave. RuntimeError: it lacks something, or has another shape."""
+    kept = model.state_dict()
+    for name in learnt_state(model):
+        del kept[name]
+    model.load_state_dict({**kept, **state})
+
+
 def save_classifier(path: Path, model: Classifier, whole: bool = True) -> None:
     """Write one safetensors file whose metadata holds the JSON that rebuilds the module.
 
@@ -245,9 +253,9 @@ def load_classifier(path: Path, like: Classifier | None = None) -> Classifier:
         with offline(), torch.random.fork_rng():
             if like is not None and like.arch == arch and not whole:
                 model = _beside(like, count)
-                tower = {k: t for k, t in model.state_dict().items() if k.startswith("tower.")}
-                tensors = {**tower, **tensors}
-            elif is_clip(arch):
+                load_learnt(model, tensors)
+                return model.eval()
+            if is_clip(arch):
                 model = _clip_classifier(arch, count, transform)
             else:
                 model = build_classifier(arch, count, transform["size"])

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from ..classification.batches import WHOLE_BATCH, augment_batch
 from ..classification.data import to_float
-from ..classification.models import Classifier, build_classifier, learnt_state, save_classifier
+from ..classification.models import (
+    Classifier,
+    build_classifier,
+    learnt_state,
+    load_learnt,
+    save_classifier,
+)
 from ..classification.train import TrainConfig, learning_rate, make_optimizer
 from ..runtime import signals
 from ..runtime.checkpoint import (
@@ -227,7 +233,7 @@ class Trajectory:
         self.weight_net.load_state_dict(under(tensors, "phi."))
         restore_optimizer(self.weight_optimizer, tensors, "phi_adam.")
         for k, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
-            model.load_state_dict({**model.state_dict(), **under(tensors, f"theta.{k}.")})
+            load_learnt(model, under(tensors, f"theta.{k}."))
             restore_optimizer(optimizer, tensors, f"adam.{k}.")
         self.step, self.outer, self.history = meta["step"], meta["outer"], meta["history"]
 
