@@ -23,17 +23,10 @@ def quarantine_of(on_error: str, *checks: Callable[[Sample], object]) -> Quarant
 def check_scored(sample: Sample) -> None:
     """BadSample unless image, label and facts can be read, and the utility if there is one."""
     from ..shards.quarantine import check_labelled
+    from ..shards.scores import check_utility
 
     check_labelled(sample)
     check_utility(sample)
-
-
-def check_utility(sample: Sample) -> None:
-    """BadSample unless the utility, if there is one, is a number."""
-    from ..shards.scores import UTILITY, utility_of
-
-    if UTILITY in sample.members:
-        utility_of(sample)
 
 
 def tell(quarantine: Quarantine, command: str) -> None:

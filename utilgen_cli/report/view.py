@@ -9,7 +9,7 @@ from itertools import islice
 from ..runtime.errors import NoInput
 from ..shards.quarantine import check_any
 from ..shards.sample import Sample
-from ..shards.scores import UTILITY, utility_of
+from ..shards.scores import check_utility
 from .html import page, tag
 from .sheets import ClassSheet, collect, contact_png, halves, pair_list, plain_sheet
 
@@ -20,8 +20,7 @@ def check_shown(sample: Sample) -> None:
     """BadSample unless it has a picture, or two of a pair, and all that is shown can be read."""
     check_any(sample)
     _ = sample.label
-    if UTILITY in sample.members:
-        utility_of(sample)
+    check_utility(sample)
     if halves(sample) is None:
         _ = sample.image
 

@@ -32,6 +32,12 @@ def utility_of(sample: Sample) -> float:
     return float(score_of(sample)["utility"])
 
 
+def check_utility(sample: Sample) -> None:
+    """BadSample unless the utility, if there is one, is a number."""
+    if UTILITY in sample.members:
+        utility_of(sample)
+
+
 def pack_features(features: np.ndarray) -> list[str]:
     """Feature vectors [N, D] as text, for JSON: float16 of a fixed random projection to 64."""
     rows = np.asarray(features, np.float32)
