@@ -86,8 +86,8 @@ def utilgen(tmp_path: Path, commands: Path) -> Run:
         *args: object, check: bool = True, **kwargs: object
     ) -> subprocess.CompletedProcess[bytes]:
         command = [str(commands / "utilgen"), *map(str, args)]
-        kwargs.setdefault("input", b"")
-        done = subprocess.run(command, capture_output=True, cwd=tmp_path, **kwargs)  # type: ignore[call-overload]
+        kwargs = {"input": b"", "cwd": tmp_path, **kwargs}
+        done = subprocess.run(command, capture_output=True, **kwargs)  # type: ignore[call-overload]
         if check and done.returncode:
             raise AssertionError(f"{command} exited {done.returncode}: {done.stderr.decode()}")
         return done

@@ -1,9 +1,4 @@
-"""Of a GPU's rules, those that can be held without one: torch's fake tensors have a device, no values.
-
-What mixes devices fails as on a GPU; so does whatever would make the host wait for it (to ask for a
-value, to send tensors by a plain copy), since a GPU whose host waits runs out of work. Autograd's
-engine cannot run on fake tensors: what is held here is forward.
-"""
+"""A GPU whose host waits for it runs out of work: what never waits, and what waits once a step."""
 
 from __future__ import annotations
 
@@ -15,102 +10,109 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from utilgen_cli.classification.batches import WHOLE_BATCH, Batches
 from utilgen_cli.classification.data import LabelledImages
 from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.diffusion.class_adapters import WEIGHTS, ClassAdapters
+from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
 from utilgen_cli.diffusion.ddim import SAMPLERS
+from utilgen_cli.diffusion.finetune import Finetuning
+from utilgen_cli.diffusion.finetune_config import FinetuneConfig
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator
 from utilgen_cli.diffusion.instance import PolicyGenerator
+from utilgen_cli.diffusion.inversion import InversionConfig, invert_tokens
 from utilgen_cli.diffusion.noise import MODES, NoiseConfig
 from utilgen_cli.diffusion.policy import Policy
+from utilgen_cli.diffusion.preference_run import PreferenceConfig, train_preference
+from utilgen_cli.diffusion.prompt_inversion import invert_prompts
 from utilgen_cli.diffusion.render import decode_pixels
 from utilgen_cli.runtime.device import sent
-from utilgen_cli.valuation.todv import Trajectory
+from utilgen_cli.valuation.todv import Trajectory, ValueConfig
+from utilgen_cli.valuation.training import ValueData, train_values
+from utilgen_cli.valuation.value_model import load_value
 from utilgen_cli.valuation.weight_net import WeightNet
 
+from .policy_parts import make_value
+from .pretend_gpu import HostWaits, State, no_waits, pretend_gpu
 from .random_bundle import CLASSES, make_bundle
+from .test_preference_training import pairs, shots
+from .valuation_toys import colours
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 ITEMS = [(0, 0), (1, 0), (0, 1)]
-
-
-class Gpu(FakeTensorMode):
-    """Tensors of the CPU are as always; those of "cuda" are fake ones."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        to_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
-        if name == "_pin_memory":
-            return args[0].clone()
-        if not to_gpu and not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
-        copied = name == "_to_copy" and not isinstance(args[0], FakeTensor)
-        picks = args[1] if name == "index" and isinstance(args[0], FakeTensor) else ()
-        copied |= any(x is not None and not isinstance(x, FakeTensor) for x in picks)
-        if copied and not kwargs.get("non_blocking"):
-            raise RuntimeError("the host waits until the copy is done")
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.fixture
 def gpu() -> Iterator[None]:
-    with Gpu(allow_non_fake_inputs=True), torch.no_grad():
+    with pretend_gpu():
         yield
 
 
-def moved(module: nn.Module) -> nn.Module:
-    """The module with its parameters and buffers on the GPU; its own `to` cannot fake them."""
-    for child in module.modules():
-        for held in (child._parameters, child._buffers):
-            for name, x in held.items():
-                if x is not None:
-                    fake = sent(x.detach(), CUDA)
-                    held[name] = nn.Parameter(fake) if isinstance(x, nn.Parameter) else fake
-    return module
+@pytest.fixture
+def bundle(gpu: None, tmp_path: Path) -> str:
+    return str(make_bundle(tmp_path / "bundle"))
 
 
 @pytest.fixture
-def generator(gpu: None, tmp_path: Path) -> Generator:
-    make_bundle(tmp_path)
-    made = Generator(GenerateConfig(str(tmp_path), steps=4), device=CPU, dtype=torch.float32)
-    made.embeds, made.uncond = sent(made.embeds, CUDA), sent(made.uncond, CUDA)
-    unet, vae = moved(made.model.unet), moved(made.model.vae)
-    made.model = replace(made.model, unet=unet, vae=vae, device=CUDA)
-    return made
+def generator(bundle: str) -> Iterator[Generator]:
+    with torch.no_grad():
+        yield Generator(GenerateConfig(bundle, steps=4), device=CUDA, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
     ("error", "deed"),
-    [(DataDependentOutputException, lambda x: x.sum().item()),
-     (DataDependentOutputException, lambda x: bool(x[0])),
-     (DataDependentOutputException, lambda x: x.tolist()),
+    [(HostWaits, lambda x: x.sum().item()),
+     (HostWaits, lambda x: bool(x[0])),
+     (HostWaits, lambda x: x.tolist()),
+     (HostWaits, lambda x: x.cpu()),
+     (HostWaits, lambda x: torch.ones(2).to(CUDA)),
+     (HostWaits, lambda x: torch.tensor(3, device=CUDA)),
+     (HostWaits, lambda x: x[[0, 1]]),
+     (HostWaits, lambda x: x[torch.tensor([0, 1])]),
+     (HostWaits, lambda x: x[x > 0]),
+     (HostWaits, lambda x: torch.empty(2).copy_(x)),
+     (HostWaits, lambda x: torch.cuda.synchronize()),
+     (TypeError, lambda x: x.numpy()),
+     (RuntimeError, lambda x: x.pin_memory()),
      (RuntimeError, lambda x: x + torch.ones(2)),
-     (RuntimeError, lambda x: torch.ones(2).to(CUDA)),
-     (RuntimeError, lambda x: torch.tensor(3, device=CUDA)),
-     (RuntimeError, lambda x: x[[0, 1]]),
-     (RuntimeError, lambda x: x[torch.tensor([0, 1])])],
+     (RuntimeError, lambda x: x.bfloat16()[None] @ x[:, None]),
+     (RuntimeError, lambda x: torch.ones(2)[x.long()] + torch.ones(2)),
+     (RuntimeError, lambda x: torch.randn(2, device=CUDA, generator=torch.Generator()))],
 )  # fmt: skip
-def test_fake_tensors_refuse_what_makes_the_host_wait(
+def test_what_a_gpu_refuses_or_waits_for(
     gpu: None, error: type[Exception], deed: Callable[[Tensor], object]
 ) -> None:
-    with pytest.raises(error):
-        deed(torch.ones(2, device=CUDA))
+    x = torch.ones(2, device=CUDA)
+    with no_waits(), pytest.raises(error):
+        deed(x)
+
+
+def test_what_a_gpu_takes(gpu: None) -> None:
+    with no_waits():
+        x = sent(torch.tensor([3.0, 4.0]), CUDA).requires_grad_()
+        (x * x).sum().backward()
+        host = torch.empty(2, pin_memory=True)
+        host.copy_(x.grad, non_blocking=True)  # type: ignore[arg-type]
+        assert host.isnan().all()  # nobody waited
+    torch.cuda.synchronize()
+    assert host.tolist() == [6, 8]
+    assert x.cpu().tolist() == [3, 4] and x.device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (x[None] @ x[:, None]).dtype == torch.bfloat16
+        assert F.layer_norm(x.bfloat16(), [2]).dtype == torch.float32
 
 
 # not unipc: diffusers' solver sends its coefficients in every step
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "unipc"])
 def test_drawing_never_waits(generator: Generator, sampler: str) -> None:
     generator.config = replace(generator.config, sampler=sampler)
-    for part in decode_pixels(generator.model, generator.latents(ITEMS)):
-        assert part.device.type == "cuda"
+    with no_waits():
+        parts = decode_pixels(generator.model, generator.latents(ITEMS))
+    assert all(part.device.type == "cuda" for part in parts)
 
 
 def test_drawing_with_an_adapter_a_class_never_waits(generator: Generator, tmp_path: Path) -> None:
@@ -123,7 +125,8 @@ def test_drawing_with_an_adapter_a_class_never_waits(generator: Generator, tmp_p
         save_file({f"unet.{layer}.lora_{side}.weight": w for side, w in weights.items()},
                   folder / WEIGHTS)  # fmt: skip
     generator.model = replace(model, class_adapters=ClassAdapters(model, folders, "adapters"))
-    assert generator.latents(ITEMS).device.type == "cuda"
+    with no_waits():
+        assert generator.latents(ITEMS).device.type == "cuda"
 
 
 # with refine there is a wait a step, which may save a call of the U-Net
@@ -131,8 +134,9 @@ def test_drawing_with_an_adapter_a_class_never_waits(generator: Generator, tmp_p
 def test_optimising_noise_never_waits(generator: Generator, mode: str) -> None:
     embeds = torch.zeros(len(CLASSES), 2, *generator.embeds.shape[1:])
     policy = Policy(embeds, CLASSES, CLASSES, NoiseConfig(mode))
-    drawn = PolicyGenerator.adopt(generator, policy, {}).latents(ITEMS)
-    assert drawn.device.type == "cuda"
+    adopted = PolicyGenerator.adopt(generator, policy, {})
+    with no_waits():
+        assert adopted.latents(ITEMS).device.type == "cuda"
 
 
 def test_a_batch_to_weigh_never_waits(gpu: None) -> None:
@@ -141,19 +145,81 @@ def test_a_batch_to_weigh_never_waits(gpu: None) -> None:
     )
     run: Any = SimpleNamespace(pool=pool, device=CUDA, config=SimpleNamespace(augment="flip"))
     draws = torch.Generator().manual_seed(0)
-    for part in Trajectory._images(run, torch.tensor([2, 0]), draws):
-        assert part.device.type == "cuda"
+    with no_waits():
+        for part in Trajectory._images(run, torch.tensor([2, 0]), draws):
+            assert part.device.type == "cuda"
 
 
 @pytest.mark.parametrize("augmentation", WHOLE_BATCH)
 def test_a_batch_to_train_on_never_waits(gpu: None, augmentation: str) -> None:
     data = LabelledImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), [], ["a"])
     config = TrainConfig(batch_size=2, augmentation=augmentation)
-    for part in next(iter(Batches(data, config, 0, device=CUDA))):
-        assert part.device.type == "cuda"
+    with no_waits():
+        for part in next(iter(Batches(data, config, 0, device=CUDA))):
+            assert part.device.type == "cuda"
 
 
 def test_the_weight_network_never_waits(gpu: None) -> None:
-    net, losses = moved(WeightNet()), torch.ones(5, device=CUDA)
-    net.see(losses)
-    assert net(losses).device.type == "cuda"
+    net, losses = WeightNet().to(CUDA), torch.ones(5, device=CUDA)
+    with no_waits():
+        net.see(losses)
+        assert net(losses).device.type == "cuda"
+
+
+def waits_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, but: int) -> list[int]:
+    """From now on `owner.name` may make the host wait `but` times; a list that grows by the waits
+    of each call comes back."""
+    real, found = getattr(owner, name), []
+
+    def watched(*args: Any) -> Any:
+        with no_waits(but):
+            result = real(*args)
+            found.append(but - (State.waits or 0))
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+    return found
+
+
+STEPS = FinetuneConfig(steps=3, batch_size=4, learning_rate=1e-2, gradient_accumulation=2)
+
+
+@pytest.mark.parametrize("what", ["tokens", "prompts", "lora", "dpo"])
+def test_a_step_of_fine_tuning_waits_once(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    found = waits_of(monkeypatch, Finetuning, "advance", 1)
+    out, where = tmp_path / what, {"device": CUDA, "dtype": torch.bfloat16}
+    if what == "tokens":
+        invert_tokens(shots(), out, InversionConfig(bundle, finetune=STEPS), **where)
+    elif what == "prompts":
+        config = InversionConfig(bundle, population=2, finetune=STEPS)
+        invert_prompts(shots(), out, config, **where)
+    elif what == "lora":
+        train_lora(shots(), out, LoraConfig(bundle, finetune=STEPS), **where)
+    else:
+        train_preference(pairs(12), out, PreferenceConfig(bundle, finetune=STEPS), **where)
+    assert found == [1, 1, 1]
+
+
+@pytest.mark.parametrize("meta_gradient", ["jvp", "exact-double"])
+@pytest.mark.parametrize("folds", [1, 2])
+def test_a_step_of_value_train_never_waits(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta_gradient: str, folds: int
+) -> None:
+    found = waits_of(monkeypatch, Trajectory, "_advance_one", 0)
+    config = ValueConfig(
+        steps=10, batch_size=8, folds=folds, snapshots=1, meta_gradient=meta_gradient
+    )
+    data = ValueData(colours(8, 1), colours(8, 2), colours(4, 3))
+    train_values(data, config, tmp_path, device=CUDA)
+    assert found == [0] * 10 * folds
+
+
+def test_the_gradient_of_the_judges_never_waits(gpu: None, tmp_path: Path) -> None:
+    value = load_value(make_value(tmp_path / "value"), device=CUDA)
+    images = torch.rand(4, 3, 16, 16, device=CUDA).requires_grad_()
+    labels = sent(torch.tensor([0, 1, 2, 0]), CUDA)
+    with no_waits():
+        value.judge(images, labels).loss.sum().backward()
+    assert images.grad is not None and images.grad.device.type == "cuda"

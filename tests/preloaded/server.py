@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 
@@ -80,9 +81,20 @@ def open_streams() -> None:
     )
 
 
+def machine() -> AbstractContextManager[None]:
+    """What the command finds: this machine, or what a test asks for (tests/pretend_gpu.py)."""
+    asked = os.environ.pop("TEST_MACHINE", None)
+    if asked is None:
+        return nullcontext()
+    from tests.pretend_gpu import MACHINES
+
+    return MACHINES[asked]()
+
+
 if __name__ == "__main__":
     preload()
     gc.freeze()
     assert threading.active_count() == len(list(Path("/proc/self/task").iterdir())) == 1
     sys.argv = ["utilgen", *serve(sys.argv[1])]
-    runpy.run_module("utilgen_cli", run_name="__main__", alter_sys=True)
+    with machine():
+        runpy.run_module("utilgen_cli", run_name="__main__", alter_sys=True)

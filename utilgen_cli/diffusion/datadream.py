@@ -20,6 +20,7 @@ from torch import Tensor
 from ..runtime import signals
 from ..runtime.artefact import CHECKPOINT, is_done, seal, sealed
 from ..runtime.checkpoint import remove_checkpoint, write_json
+from ..runtime.device import sent
 from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
@@ -27,7 +28,7 @@ from ..runtime.seeds import seed_everything
 from ..shards.classes import note_class
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
-from .finetune import Figures, finetune, refuse_other_processes
+from .finetune import finetune, refuse_other_processes
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .latents import LatentCache, index_prompts
 from .load import LatentDiffusion, TokenPrompts, load_model
@@ -102,11 +103,12 @@ class DenoisingObjective:
             rows, self.model.latent_shape, len(self.model.scheduler.alphas_cumprod), generator
         )
 
-    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The plain denoising loss of shots `rows`."""
         used, place = self.shots.prompt_index[rows].unique(return_inverse=True)
-        encoded = self.model.text_encoder(self.token_ids[used]).last_hidden_state
-        context = taken(encoded, place.to(encoded.device))
+        ids = self.token_ids[sent(used, self.device)]
+        encoded = self.model.text_encoder(ids).last_hidden_state
+        context = taken(encoded, sent(place, self.device))
         return noised_errors(self.model, self.shots, rows, draw, context).mean(), {}
 
 
@@ -115,9 +117,9 @@ def noised_errors(
 ) -> Tensor:
     """|target - prediction|^2 of shots `rows`, noised by `draw`, under prompts [R, L, D]: [R]."""
     flip = draw.flip.long() * (shots.latents.shape[1] - 1)
-    x0, noise = (x.to(model.device) for x in (shots.latents[rows, flip], draw.noise))
-    t = draw.timesteps.to(model.device)
-    a = model.scheduler.alphas_cumprod.to(model.device)[t].view(-1, 1, 1, 1)
+    alpha = model.scheduler.alphas_cumprod[draw.timesteps].view(-1, 1, 1, 1)
+    given = (shots.latents[rows, flip], draw.noise, draw.timesteps, alpha)
+    x0, noise, t, a = (sent(x, model.device) for x in given)
     x = a.sqrt() * x0 + (1 - a).sqrt() * noise
     prediction = model.unet(x.to(model.dtype), t, context.to(model.dtype)).sample
     return denoising_error(prediction, diffusion_target(model.prediction_type, x0, noise, a))

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..runtime.artefact import CHECKPOINT
 from ..runtime.checkpoint import remove_checkpoint
+from ..runtime.device import sent
 from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
 from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
-from .finetune import Figures, Watch, finetune
+from .finetune import Watch, finetune
 from .finetune_config import Draw, FinetuneConfig, draw_rows
 from .load import LatentDiffusion, load_model
 from .prompts import replaced_embeddings, taken
@@ -99,7 +100,7 @@ class TokenObjective:
         )
         return CaptionedDraw(plain.noise, plain.timesteps, plain.flip, captions)
 
-    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The denoising loss of shots `rows`."""
         assert isinstance(draw, CaptionedDraw)
         return self.errors(rows, draw).mean(), {}
@@ -113,14 +114,14 @@ class TokenObjective:
         """Prompt embeddings [R, L, D] with theta in the classes' places, each encoded once."""
         classes = self.ids.shape[1]
         used, place = (captions * classes + labels).unique(return_inverse=True)
-        ids = self.ids.flatten(0, 1)[used.to(self.device)]  # [P, L]
+        ids = self.ids.flatten(0, 1)[sent(used, self.device)]  # [P, L]
         table = self.model.text_encoder.get_input_embeddings().weight
         own = (ids - self.first).clamp(min=0)
         theta = taken(self.theta.flatten(0, 1), own)
         tokens = torch.where((ids >= self.first).unsqueeze(-1), theta, table[ids].float())
         with replaced_embeddings(self.model.text_encoder, tokens):
             encoded = self.model.text_encoder(ids).last_hidden_state
-        return taken(encoded, place.to(self.device))
+        return taken(encoded, sent(place, self.device))
 
     def probe(self) -> float:
         """`mean_error` under the model's own caption."""

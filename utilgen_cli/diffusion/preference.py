@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import distributed
+from ..runtime.device import sent
 from ..runtime.seeds import step_generator
 from .finetune import Figures
 from .finetune_config import Draw, autocast, draw_rows
@@ -110,7 +111,7 @@ class PreferenceObjective:
         """One noise, one timestep, one flip for both images of each pair."""
         return draw_rows(rows, self.latent_shape, len(self.alpha_bar), generator)
 
-    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over training rows `rows`, and what it is made of."""
         rows = self.train_rows[rows]
         batch = self._batch(rows, draw)
@@ -129,8 +130,8 @@ class PreferenceObjective:
         if self.pairs.sign is None:
             dL_w, dL_l = dL.chunk(2)
             return self.pair_loss(dL_w, dL_l, self.beta, z)
-        sign = self.pairs.sign[rows].to(self.device)
-        share = (self.pairs.sign[self.train_rows] > 0).float().mean().to(self.device)
+        sign = sent(self.pairs.sign[rows], self.device)
+        share = sent((self.pairs.sign[self.train_rows] > 0).float().mean(), self.device)
         weight = torch.where(sign > 0, 0.5 / share, 0.5 / (1 - share))
         return weight * kto_image_loss(dL, sign, self.beta, z)
 
@@ -139,8 +140,9 @@ class PreferenceObjective:
         if self.pairs.sign is None:
             dL_w, dL_l = dL.chunk(2, -1)
             return dL_w, dL_l
-        wanted = (self.pairs.sign[rows] > 0).to(self.device)
-        return dL[..., wanted], dL[..., ~wanted]
+        wanted = self.pairs.sign[rows] > 0
+        won, lost = (sent(mine.nonzero()[:, 0], self.device) for mine in (wanted, ~wanted))
+        return dL[..., won], dL[..., lost]
 
     @torch.no_grad()
     def validate(self) -> Figures:
@@ -235,9 +237,9 @@ class PreferenceObjective:
         sides, variants = self.pairs.latents.shape[1:3]
         flip = draw.flip.long() * (variants - 1)
         chosen = self.pairs.latents[rows, :, flip]  # [R, sides, C, h, w]
-        x0 = chosen.transpose(0, 1).flatten(0, 1).to(self.device)
-        noise = draw.noise.repeat(sides, 1, 1, 1).to(self.device)
-        t = draw.timesteps.repeat(sides).to(self.device)
+        x0 = sent(chosen.transpose(0, 1).flatten(0, 1), self.device)
+        noise = sent(draw.noise.repeat(sides, 1, 1, 1), self.device)
+        t = sent(draw.timesteps.repeat(sides), self.device)
         a = self.alpha_bar[t].view(-1, 1, 1, 1)
         return NoisyPairs(
             x=a.sqrt() * x0 + (1 - a).sqrt() * noise,
@@ -247,7 +249,7 @@ class PreferenceObjective:
         )
 
     def _predict(self, unet: Any, batch: NoisyPairs, embeds: Tensor) -> Tensor:
-        context = embeds[batch.prompts].to(self.device)
+        context = embeds[sent(batch.prompts, self.device)]
         kind = unet.conv_in.weight.dtype
         prediction: Tensor = unet(batch.x.to(kind), batch.t, context.to(kind)).sample
         return prediction
@@ -268,6 +270,6 @@ class NoisyPairs:
     prompts: Tensor
 
 
-def mean(values: Tensor) -> float:
+def mean(values: Tensor) -> Tensor:
     """Their mean, 0 where there are none (a batch of single images may be of one sign)."""
-    return float(values.float().mean()) if len(values) else 0.0
+    return values.float().sum() / max(1, len(values))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..runtime.artefact import CHECKPOINT
 from ..runtime.checkpoint import remove_checkpoint
+from ..runtime.device import sent
 from ..runtime.distributed import world
 from ..runtime.errors import UsageError
 from ..runtime.files import write_json
@@ -25,7 +26,7 @@ from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample
 from .adapters import learnt_with
 from .datadream import Shots, noised_errors, read_shots
-from .finetune import Figures, Watch, finetune
+from .finetune import Watch, finetune
 from .finetune_config import Draw, draw_rows
 from .inversion import InversionConfig, check_classes, mean_error, without_names
 from .load import LatentDiffusion
@@ -68,14 +69,15 @@ class PromptObjective:
         steps = len(self.model.scheduler.alphas_cumprod)
         return draw_rows(rows, self.model.latent_shape, steps, generator)
 
-    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Figures]:
+    def loss(self, rows: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The denoising loss of shots `rows`."""
         return self.errors(rows, draw).mean(), {}
 
     def errors(self, rows: Tensor, draw: Draw) -> Tensor:
         """The denoising loss of each of shots `rows`, [R]."""
-        where = (self.shots.labels[rows].to(self.device), self.members[rows].to(self.device))
-        return noised_errors(self.model, self.shots, rows, draw, self.prompts(*where))
+        where = (self.shots.labels[rows], self.members[rows])
+        context = self.prompts(*(sent(x, self.device) for x in where))
+        return noised_errors(self.model, self.shots, rows, draw, context)
 
 
 def invert_prompts(

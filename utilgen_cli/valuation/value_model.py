@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..classification.data import to_float
 from ..classification.models import Classifier, load_classifier
+from ..runtime.device import sent
 from ..runtime.errors import BadInput, NoInput, UtilgenError
 from .canary import verdict
 from .pool import pixel_hash
@@ -149,14 +150,14 @@ class ValueModel(nn.Module):
                 if not bool(seen.any()):
                     continue
                 if shared is None:
-                    features = _features(classifier, images_bchw[seen])
+                    features = _features(classifier, _where(seen, images_bchw))
                 else:
-                    features = shared[seen]
+                    features = _where(seen, shared)
                 if keeps_features:
                     votes.features = F.normalize(features, dim=1)
-                    features = features[may]
+                    features = _where(may, features)
                 if bool(may.any()):
-                    at = torch.nonzero(may)[:, 0]
+                    at = sent(torch.nonzero(may)[:, 0], features.device)
                     votes.add(at, classifier, snapshot.weight_net, features, labels)
                     left -= may.long()
         return votes.result()
@@ -196,6 +197,11 @@ class ValueModel(nn.Module):
         )
 
 
+def _where(mask: Tensor, x: Tensor) -> Tensor:
+    """x[mask], for a mask on the CPU: x itself where that is all of it, and no host waits."""
+    return x if bool(mask.all()) else x[sent(mask.nonzero()[:, 0], x.device)]
+
+
 def _features(classifier: Classifier, images_bchw: Tensor) -> Tensor:
     """Features [B, D]. For a gradient they are computed twice, so that of all members the graph of
     one is held at a time: twelve ResNet-50 at 224 px would keep a gigabyte an image."""
@@ -225,7 +231,6 @@ class _Votes:
         self, at: Tensor, classifier: Classifier, net: WeightNet, features: Tensor,
         labels: Tensor,
     ) -> None:  # fmt: skip
-        at = at.to(features.device)
         y = labels[at]
         logits = classifier.head(features)
         losses = F.cross_entropy(logits, y, reduction="none")
