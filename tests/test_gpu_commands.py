@@ -31,7 +31,7 @@ LOOP = {
     "dpo": ["dpo", "pairs", "--ema", ".9", "--gradient-accumulation", "2", "--flip", *FEW],
     "tokens": ["invert", "real.tar", "--vectors", "2", *FEW],
     "prompts": ["invert", "real.tar", "--population", "2", "--adapter", "dpo", *FEW],
-    "lora": ["lora", "real.tar", "--per", "class", "--gradient-checkpointing", *FEW],
+    "lora": ["lora", "real.tar", "--gradient-checkpointing", *FEW],
     "after": ["ilpo", "--adapter", "dpo", "--init", "prompts", "--value", "value", "--clip", "clip",
               "--real", "real.tar", "--anchor-weight", "1", "--set-term", "gradient-match",
               "--iterations", "1", "--search-steps", "2", "--chunk", "4", "--noise", "single",
