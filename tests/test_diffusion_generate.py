@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,17 @@ def test_latents_are_the_same_to_the_last_bit_in_any_company() -> None:
     assert torch.equal(found[0], found[2])
     alone = generator.latents([(3, 1)])[0]
     assert torch.allclose(alone, found[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "images", "rows"),
+    [("cuda", None, 1, 1), ("cuda", None, 10, 16), ("cuda", None, 1000, 256), ("cuda", None, None, 256),
+     ("cuda", 4, 1000, 4), ("cuda", 6, 3, 4), ("cpu", None, 1, 16), ("cpu", 64, 1000, 16)])  # fmt: skip
+def test_a_gpu_fills_no_large_batch_for_a_few_images(
+    generator: Generator, device: str, batch_size: int | None, images: int | None, rows: int
+) -> None:
+    model = replace(generator.model, device=torch.device(device))
+    assert render.tile(model, batch_size, images) == rows
 
 
 def test_every_model_call_has_the_same_number_of_rows(generator: Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -71,10 +72,11 @@ def generate(
         parse_classes(classes), prompt, steps, guidance_scale, sampler, batch_size, format,
         compile,
     )  # fmt: skip
+    plan = plan_items(len(known_classes(config)), per_class, start)
+    config = replace(config, images=len(plan))
     generator = LazyGenerator(config, device, precision, reporter(quiet))
     for line in [] if quiet else warnings_of(config, generator.dtype):
         report({}, False, f"generate: {line}")
-    plan = plan_items(len(known_classes(config)), per_class, start)
     settings = {
         **config.settings(),
         "precision": precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from . import ilpo_options as i
@@ -102,12 +103,13 @@ def ilpo(
     )  # fmt: skip
     directory = save_policy or (None if output == "-" else Path(output) / ".policy")
     aside = quarantine_of(on_error)
+    plan = plan_items(len(known_classes(config)), per_class, start)
+    config = replace(config, images=len(plan))
     run = PolicyRun(
         config, aim, instance, directory, device, precision, reporter(quiet), overwrite, aside
     )
     for line in [] if quiet else warnings_of(config, run.dtype, init):
         report({}, False, f"ilpo: {line}")
-    plan = plan_items(len(known_classes(config)), per_class, start)
     settings = {
         **run.settings(),
         "precision": precision,

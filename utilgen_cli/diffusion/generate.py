@@ -46,6 +46,7 @@ class GenerateConfig:
     batch_size: int | None = None
     image_format: str = "png"
     compile: bool = False
+    images: int | None = None  # in all, of every part
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -64,7 +65,7 @@ class GenerateConfig:
 
     def settings(self) -> dict[str, Any]:
         """What the pictures depend on."""
-        found = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        found = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "images")}
         return {**found, "model files": model_files(self.model)}
 
 
@@ -149,7 +150,7 @@ class Generator:
     def _compile(self) -> None:
         """Compile the U-Net, and call it once as drawing will: it fails before any work, or not."""
         compile_unet(self.model)
-        items = [(0, 0)] * tile(self.model, self.config.batch_size)
+        items = [(0, 0)] * self.rows
         noise, classes = initial_noise(self.model, 0, items), [0] * len(items)
         prompts = rows(self.embeds, classes), self.unconditional(items)
         with acting(self.model, classes):
@@ -174,6 +175,11 @@ class Generator:
             why = "its text encoder makes NaN or infinite embeddings"
             advice = "Try --precision fp32, or look at what it was made with."
             raise BadInput(f"model {self.config.model}", why, advice)
+
+    @property
+    def rows(self) -> int:
+        """How many items `latents` is called with."""
+        return tile(self.model, self.config.batch_size, self.config.images)
 
     def unconditional(self, items: Sequence[Item]) -> Tensor:
         """The empty prompt's embedding for the items, [1 or B, L, D]."""
@@ -204,9 +210,9 @@ class Generator:
 
     def draw(self, items: Sequence[Item], progress: Progress = silent) -> Iterator[Sample]:
         """The samples of `items`, in order."""
-        rows, format = tile(self.model, self.config.batch_size), self.config.image_format
+        format = self.config.image_format
         with progress("draw", len(items)) as task:
-            for item, image in render(self.model, items, self.latents, rows, format):
+            for item, image in render(self.model, items, self.latents, self.rows, format):
                 yield generated_sample(item, image, format, self.facts(item))
                 task.advance()
 

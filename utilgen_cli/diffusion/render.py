@@ -42,13 +42,15 @@ def not_finite() -> UtilgenError:
     )
 
 
-def tile(model: LatentDiffusion, batch_size: int | None = None) -> int:
-    """Rows a call. On the CPU it does not follow the batch size, so that nothing else does either:
-    16 small latents saturate it, as one large one does."""
+def tile(model: LatentDiffusion, batch_size: int | None = None, images: int | None = None) -> int:
+    """Rows a call, of a run that draws so many images in all: a GPU takes no more than the power of
+    two above them, since a last batch is filled up. On the CPU nothing follows the batch size, or
+    the number of images: 16 small latents saturate it, as one large one does."""
     small = model.latent_shape[1] * model.latent_shape[2] <= 256
     if model.device.type == "cpu":
         return 16 if small else 1
-    return batch_size or (256 if small else 16)
+    rows = batch_size or (256 if small else 16)
+    return min(rows, 1 << (images - 1).bit_length()) if images else rows
 
 
 def prefer_channels_last(model: LatentDiffusion) -> None:
