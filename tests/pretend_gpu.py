@@ -362,7 +362,7 @@ def pretend_gpu() -> Iterator[None]:
         "get_rng_state": lambda *a: torch.random.get_rng_state(),
         "set_rng_state": lambda state, *a: torch.random.set_rng_state(state),
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
-        "is_bf16_supported": lambda *a, **k: True,
+        "is_bf16_supported": lambda *a, **k: True, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
     of_accelerator: dict[str, Any] = {
         "is_available": lambda *a: False, "current_device_index": lambda: 0,
