@@ -39,7 +39,7 @@ from utilgen_cli.valuation.weight_net import WeightNet
 from .policy_parts import make_value
 from .pretend_gpu import HostWaits, State, no_waits, pretend_gpu
 from .random_bundle import CLASSES, make_bundle
-from .test_preference_training import pairs, shots
+from .test_preference_training import pairs, shaded_samples, shots
 from .valuation_toys import colours
 
 CUDA = torch.device("cuda")
@@ -104,6 +104,12 @@ def test_what_a_gpu_takes(gpu: None) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         assert (x[None] @ x[:, None]).dtype == torch.bfloat16
         assert F.layer_norm(x.bfloat16(), [2]).dtype == torch.float32
+
+
+def test_a_run_of_few_images_has_few_rows(bundle: str) -> None:
+    config = GenerateConfig(bundle, images=3)
+    drawing = Generator(config, device=CUDA, dtype=torch.float32)
+    assert (drawing.rows, replace(config, images=None).settings()) == (4, config.settings())
 
 
 # not unipc: diffusers' solver sends its coefficients in every step
@@ -184,7 +190,7 @@ def waits_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, but: int) -
 STEPS = FinetuneConfig(steps=3, batch_size=4, learning_rate=1e-2, gradient_accumulation=2)
 
 
-@pytest.mark.parametrize("what", ["tokens", "prompts", "lora", "dpo"])
+@pytest.mark.parametrize("what", ["tokens", "prompts", "lora", "dpo", "kto"])
 def test_a_step_of_fine_tuning_waits_once(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -198,7 +204,9 @@ def test_a_step_of_fine_tuning_waits_once(
     elif what == "lora":
         train_lora(shots(), out, LoraConfig(bundle, finetune=STEPS), **where)
     else:
-        train_preference(pairs(12), out, PreferenceConfig(bundle, finetune=STEPS), **where)
+        samples = shaded_samples(12) if what == "kto" else pairs(12)
+        config = PreferenceConfig(bundle, loss=what, finetune=STEPS)
+        train_preference(samples, out, config, **where)
     assert found == [1, 1, 1]
 
 
@@ -216,10 +224,14 @@ def test_a_step_of_value_train_never_waits(
     assert found == [0] * 10 * folds
 
 
-def test_the_gradient_of_the_judges_never_waits(gpu: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folds", [None, [0, 1, -1, 1]])
+def test_the_gradient_of_the_judges_never_waits(
+    gpu: None, tmp_path: Path, folds: list[int] | None
+) -> None:
     value = load_value(make_value(tmp_path / "value"), device=CUDA)
     images = torch.rand(4, 3, 16, 16, device=CUDA).requires_grad_()
     labels = sent(torch.tensor([0, 1, 2, 0]), CUDA)
+    known = None if folds is None else torch.tensor(folds)
     with no_waits():
-        value.judge(images, labels).loss.sum().backward()
+        value.judge(images, labels, known).loss.sum().backward()
     assert images.grad is not None and images.grad.device.type == "cuda"

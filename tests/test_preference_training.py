@@ -132,9 +132,9 @@ def test_the_shipped_model_learns_to_prefer_and_says_so(tmp_path: Path) -> None:
     assert any("100 % of 8" in line or "88 % of 8" in line for line in outcome(summary))
 
 
-def shaded_samples() -> Iterator[Sample]:
+def shaded_samples(count: int = 160) -> Iterator[Sample]:
     """The same photographs as scored samples: bright ones are useful, dark ones are not."""
-    for number, made in enumerate(shaded_pairs(160)):
+    for number, made in enumerate(shaded_pairs(count)):
         side, utility = (("win", 0.9), ("lose", 0.2))[number % 2]
         score = encode_json({"utility": utility + number / 1000})
         yield Sample(made.key, {"png": made.members[f"{side}.png"], "cls": made.members["cls"],
