@@ -2,8 +2,8 @@
 
 Matrix and convolution kernels round differently for different shapes, so the last batch is filled
 up: an image's bytes depend on its own seed, and not on what is drawn beside it, in which part, or
-after which restart. On a GPU a run of few images has fewer rows, so that last bits may be others than
-in a run of many.
+after which restart. On a GPU a run of few images has fewer rows, so that last bits may be others
+than in a run of many.
 """
 
 from __future__ import annotations
