@@ -36,8 +36,8 @@ KEEP = torch.preserve_format
 HALF = (torch.float16, torch.bfloat16)
 
 
-class HostWaits(RuntimeError):
-    """The host would wait for the GPU."""
+class HostWaits(Exception):
+    """The host would wait for the GPU. No RuntimeError, which is what a GPU refuses with."""
 
 
 class State:
@@ -383,7 +383,9 @@ def pretend_gpu() -> Iterator[None]:
             for owner, name in calls:
                 made = cast(getattr(owner, name), lower)
                 stack.enter_context(patch.object(owner, name, made))
-        stack.enter_context(patch.object(torch.Tensor, "to", to_of(to)))
+        stack.enter_context(
+            patch.object(torch.Tensor, "to", lambda x, *a, **k: moved(to, x, *a, **k))
+        )
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda x, *a: x.clone()))
         stack.enter_context(patch.object(threading.Thread, "run", run))
         stack.callback(replaces.set_overwrite_module_params_on_conversion, known)
@@ -391,10 +393,6 @@ def pretend_gpu() -> Iterator[None]:
         stack.enter_context(Functions())
         stack.enter_context(Operations())
         yield
-
-
-def to_of(to: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, *args, **kwargs: moved(to, self, *args, **kwargs)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from torch import Tensor
 from utilgen_cli.classification.batches import WHOLE_BATCH, Batches
 from utilgen_cli.classification.data import LabelledImages
 from utilgen_cli.classification.train import TrainConfig
+from utilgen_cli.commands.generate import generate
+from utilgen_cli.commands.ilpo import ilpo
 from utilgen_cli.diffusion.class_adapters import WEIGHTS, ClassAdapters
 from utilgen_cli.diffusion.datadream import LoraConfig, train_lora
 from utilgen_cli.diffusion.ddim import SAMPLERS
@@ -31,6 +33,7 @@ from utilgen_cli.diffusion.preference_run import PreferenceConfig, train_prefere
 from utilgen_cli.diffusion.prompt_inversion import invert_prompts
 from utilgen_cli.diffusion.render import decode_pixels
 from utilgen_cli.runtime.device import sent
+from utilgen_cli.runtime.errors import UtilgenError
 from utilgen_cli.valuation.todv import Trajectory, ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
@@ -109,7 +112,23 @@ def test_what_a_gpu_takes(gpu: None) -> None:
 def test_a_run_of_few_images_has_few_rows(bundle: str) -> None:
     config = GenerateConfig(bundle, images=3)
     drawing = Generator(config, device=CUDA, dtype=torch.float32)
-    assert (drawing.rows, replace(config, images=None).settings()) == (4, config.settings())
+    assert drawing.rows_a_call == 4
+    assert replace(config, images=None).settings() == config.settings()
+
+
+@pytest.mark.parametrize(
+    ("command", "loads"),
+    [(generate, "utilgen_cli.diffusion.generate.LazyGenerator"),
+     (ilpo, "utilgen_cli.commands.joining.PolicyRun")])  # fmt: skip
+def test_a_command_says_how_many_images_it_draws(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, loads: str
+) -> None:
+    def load(config: GenerateConfig, *others: Any) -> None:
+        raise UtilgenError("load", f"{config.images} images")
+
+    monkeypatch.setattr(loads, load)
+    with pytest.raises(UtilgenError, match=f"{5 * len(CLASSES)} images"):
+        command(bundle, per_class=5, output=str(tmp_path / "out"))
 
 
 # not unipc: diffusers' solver sends its coefficients in every step

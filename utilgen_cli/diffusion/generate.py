@@ -46,7 +46,7 @@ class GenerateConfig:
     batch_size: int | None = None
     image_format: str = "png"
     compile: bool = False
-    images: int | None = None  # in all, of every part
+    images: int | None = None  # of the whole run, all its parts: no larger batch is filled up
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -150,7 +150,7 @@ class Generator:
     def _compile(self) -> None:
         """Compile the U-Net, and call it once as drawing will: it fails before any work, or not."""
         compile_unet(self.model)
-        items = [(0, 0)] * self.rows
+        items = [(0, 0)] * self.rows_a_call
         noise, classes = initial_noise(self.model, 0, items), [0] * len(items)
         prompts = rows(self.embeds, classes), self.unconditional(items)
         with acting(self.model, classes):
@@ -177,7 +177,7 @@ class Generator:
             raise BadInput(f"model {self.config.model}", why, advice)
 
     @property
-    def rows(self) -> int:
+    def rows_a_call(self) -> int:
         """How many items `latents` is called with."""
         return tile(self.model, self.config.batch_size, self.config.images)
 
@@ -210,9 +210,9 @@ class Generator:
 
     def draw(self, items: Sequence[Item], progress: Progress = silent) -> Iterator[Sample]:
         """The samples of `items`, in order."""
-        format = self.config.image_format
+        rows, format = self.rows_a_call, self.config.image_format
         with progress("draw", len(items)) as task:
-            for item, image in render(self.model, items, self.latents, self.rows, format):
+            for item, image in render(self.model, items, self.latents, rows, format):
                 yield generated_sample(item, image, format, self.facts(item))
                 task.advance()
 
