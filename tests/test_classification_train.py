@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from utilgen_cli.classification import train as train_module
 from utilgen_cli.classification.batches import AUGMENTATIONS, Batches, stored_side
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
@@ -39,6 +40,7 @@ from utilgen_cli.runtime.progress import silent
 from .classification_toys import colour_images
 from .conftest import ROOT
 
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
 QUICK = TrainConfig(steps=12, batch_size=12)
 
 
@@ -113,6 +115,30 @@ def test_the_best_validation_step_is_kept() -> None:
     kept = accuracy(predict(model, validation.images), validation.labels)
     assert kept == pytest.approx(best["accuracy"])
     assert len(result.history) == 10
+
+
+@pytest.mark.parametrize("steps", [24, 5])
+def test_a_frozen_tower_is_asked_once_for_what_nothing_augments(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """The head is that of a training that asks at every step; a run that would not ask for as many
+    images as there are does so."""
+    config = replace(QUICK, steps=steps, augmentation="none", validate_every=2)
+    asked: list[int] = []
+
+    def head() -> list[torch.Tensor]:
+        model = build_classifier(f"open_clip:{CLIP}", 3, 16)
+        model.tower.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+        asked.clear()
+        train_classifier(model, colour_images(24), config, seed=0, mix=colour_images(8, 1),
+                         validation=colour_images(4, 2))  # fmt: skip
+        return [p.detach() for p in model.head.parameters()]
+
+    found, seen = head(), sum(asked)
+    monkeypatch.setattr(train_module, "pays_to_keep", lambda *_: False)
+    torch.testing.assert_close(found, head(), rtol=1e-4, atol=1e-5)
+    assert sum(asked) == steps * 12 + steps // 2 * 12
+    assert seen == (72 + 24 + 12 if steps == 24 else sum(asked))
 
 
 def test_without_looks_the_last_step_is_kept() -> None:
@@ -221,6 +247,7 @@ def test_workers_leave_the_noise_of_the_model_alone() -> None:
 KILLED_WORKER = """
 import multiprocessing, os, signal
 from tests.classification_toys import colour_images
+from utilgen_cli.classification import train as train_module
 from utilgen_cli.classification.batches import Batches, loader_errors
 from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.runtime.errors import UtilgenError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.conftest import make_sample
+from tests.conftest import ROOT, make_sample
 from tests.largest import Largest
 from tests.valuation_toys import CLASSES, as_samples, colours, write_shards
 from utilgen_cli.classification import data as data_module
@@ -39,6 +39,7 @@ from utilgen_cli.valuation.todv import Trajectory, ValueConfig, losses_of
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
 CONFIG = ValueConfig(steps=40, batch_size=12, folds=2, snapshots=2, refresh=5, augment="none")
 DATA = ValueData(colours(8, 1), colours(12, 2), colours(4, 3))
 
@@ -326,9 +327,9 @@ def test_only_the_images_of_the_coming_batches_are_looked_at(monkeypatch):
     pool, _ = make_pool(colours(20, 1), colours(300, 2), None, folds=2, canaries=0.01, seed=0)
     looks: list[int] = []
 
-    def counted(model, pool, at):
+    def counted(model, images, labels, at):
         looks.append(len(at))
-        return losses_of(model, pool, at)
+        return losses_of(model, images, labels, at)
 
     def weights() -> list[torch.Tensor]:
         run = Trajectory(replace(CONFIG, steps=20), pool, 16, 0, torch.device("cpu"))
@@ -380,3 +381,28 @@ def test_the_side_is_that_of_the_usual_image(tmp_path: Path) -> None:
     sides = [8, 30, 30, 32, 200]
     write_shard(tmp_path / "0.tar", [make_sample(i, size=side) for i, side in enumerate(sides)])
     assert native_size(open_source([str(tmp_path)])) == 30
+
+
+@pytest.mark.parametrize("augment", ["none", "pad"])
+def test_what_a_frozen_tower_says_of_an_image_is_kept(monkeypatch, augment):
+    """The run is that of heads that ask it anew, which takes several times as many images."""
+    pool, _ = make_pool(colours(40, 1), colours(20, 2), None, folds=2, canaries=0.05, seed=0)
+    config = replace(CONFIG, arch=f"open_clip:{CLIP}", steps=24, warmup=0.25, augment=augment)
+    asked: list[int] = []
+
+    def run() -> list[torch.Tensor]:
+        run = Trajectory(config, pool, 16, 0, torch.device("cpu"))
+        asked.clear()
+        run.models[0].tower.register_forward_hook(
+            lambda _, inputs, __: asked.append(len(inputs[0]))
+        )
+        while run.step < 24:
+            run.advance()
+        assert all(len(m.head.weight.unique()) > 1 for m in run.models)
+        return [p.detach() for net in (*run.models, run.weight_net) for p in net.parameters()]
+
+    kept, few = run(), sum(asked)
+    monkeypatch.setattr(todv, "pays_to_keep", lambda *_: False)
+    torch.testing.assert_close(kept, run(), rtol=1e-4, atol=1e-5)
+    assert few == (0 if augment == "none" else 24 * 2 * CONFIG.batch_size)
+    assert sum(asked) > 1.25 * 24 * 2 * CONFIG.batch_size

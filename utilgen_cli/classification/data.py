@@ -41,6 +41,7 @@ class Named(Protocol):
 class LabelledImages:
     """A labelled set: images uint8 [N, 3, S, S], labels int64 [N], keys [N], class names.
 
+    Where a head alone is trained, `images` are their features, float [N, D] (`tower_features`).
     `unnamed` classes have no name in their shards, and stand in `classes` by their number.
     """
 
@@ -214,7 +215,10 @@ class _Pixels:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] to float in [0, 1], channels last in memory, as convolutions like it."""
+    """uint8 [B, 3, S, S] to float in [0, 1], channels last in memory, as convolutions like it.
+    Features, which are float, pass as they are."""
+    if images.is_floating_point():
+        return images
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 

@@ -24,8 +24,10 @@ from ..runtime.progress import Progress, silent
 from ..runtime.seeds import derive_seed
 from .batches import Batches, loader_errors
 from .data import LabelledImages, to_float
-from .models import Classifier
+from .models import Classifier, has_common_tower
 from .resume import Keeper, Training
+
+FEATURES = 1 << 30  # bytes that may be kept of a tower that is never trained
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,35 @@ def train_classifier(
     threads give the same weights bit for bit on the CPU, also where a run that a signal stopped
     (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
     for image by image. `together`: all processes under torchrun train this one model, each on its
-    share of every batch (batch norm sees the share, but for synchronised one on GPUs).
+    share of every batch (batch norm sees the share, but for synchronised one on GPUs). Where a head
+    alone learns and nothing augments, an image goes through the tower once.
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)  # as `to_float` makes the images
     rank, processes = world() if together else (0, 1)
+    learner: nn.Module = model
+    validation = validation if config.validate_every else None
+    count, asked = len(data) + (len(mix) if mix else 0), config.steps * config.batch_size
+    if not together and config.augmentation == "none" and pays_to_keep(model, count, asked):
+        learner = model.head
+
+        def seen(images: LabelledImages) -> LabelledImages:
+            found = tower_features(model, images.images, config.precision, progress)
+            return replace(images, images=found)
+
+        data, mix, validation = seen(data), mix and seen(mix), validation and seen(validation)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        training = Training(model, make_optimizer(model, config), scaler)
+        training = Training(learner, make_optimizer(learner, config), scaler)
         if checkpoint:
             training.load(checkpoint)
         batches = Batches(
             data, config, seed, weights, mix, training.step, device, model.transform["size"],
             workers, rank, processes,
         )  # fmt: skip
-        best = _Best(training, validation if config.validate_every else None)
+        best = _Best(training, validation)
         keeper = Keeper(checkpoint, device, together)
         with signals.deferred() if checkpoint else nullcontext(), loader_errors():
             _take_steps(training, batches, best, keeper, config, progress)
@@ -263,6 +277,27 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
 def extract_features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Penultimate features [N, D] (CPU, fp32) of uint8 images [N, 3, S, S]."""
     return _in_batches(model, model.features, images, batch_size)
+
+
+def pays_to_keep(model: Classifier, count: int, asked: int) -> bool:
+    """Whether the features of `count` images shall be kept: the tower is never trained, so many or
+    more are asked for in all, and they take no more than `FEATURES`."""
+    small = count * model.head.in_features * 4 <= FEATURES
+    return has_common_tower(model.arch) and count <= asked and small
+
+
+def tower_features(
+    model: Classifier, images: Tensor, precision: str = "fp32", progress: Progress = silent
+) -> Tensor:
+    """`extract_features` in this precision, with progress. The batches are always the same, so that
+    a run that goes on finds the same."""
+    found = []
+    with progress("features", len(images)) as task:
+        for part in images.split(256):
+            with autocast(next(model.parameters()).device, precision):
+                found.append(extract_features(model, part))
+            task.advance(len(part))
+    return torch.cat(found)
 
 
 def _in_batches(model: nn.Module, call: Any, images: Tensor, batch_size: int) -> Tensor:

@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..classification.batches import WHOLE_BATCH, augment_batch
 from ..classification.data import to_float
 from ..classification.models import (
     Classifier,
     build_classifier,
+    has_common_tower,
     learnt_state,
     load_learnt,
     save_classifier,
 )
-from ..classification.train import TrainConfig, learning_rate, make_optimizer
+from ..classification.train import (
+    TrainConfig,
+    learning_rate,
+    make_optimizer,
+    pays_to_keep,
+    tower_features,
+)
 from ..runtime import signals
 from ..runtime.checkpoint import (
     load_checkpoint,
@@ -96,11 +103,16 @@ class ValueConfig:
 
 
 class Trajectory:
-    """The state of a run: K classifiers, W, their optimisers, and the losses shown to W."""
+    """The state of a run: K classifiers, W, their optimisers, and the losses shown to W.
+
+    On a tower that is never trained the heads alone are `learners`, and see its features: those of
+    images that nothing augments are asked for once, where they pay.
+    """
 
     def __init__(
-        self, config: ValueConfig, pool: Pool, image_size: int, seed: int, device: torch.device
-    ) -> None:
+        self, config: ValueConfig, pool: Pool, image_size: int, seed: int, device: torch.device,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
         self.config, self.pool, self.seed, self.device = config, pool, seed, device
         self.models: list[Classifier] = []
         for k in range(config.folds):
@@ -110,7 +122,15 @@ class Trajectory:
             )  # fmt: skip
             model.to(device).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
             self.models.append(model.train())
-        self.optimizers = [make_optimizer(model, config.inner()) for model in self.models]
+        self.learners: list[nn.Module] = [*self.models]
+        self.tower = self.models[0] if has_common_tower(config.arch) else None
+        self.features: Tensor | None = None  # [N, D]
+        if self.tower is not None:
+            self.learners = [model.head for model in self.models]
+            asked = config.steps * config.folds * config.batch_size
+            if pays_to_keep(self.tower, len(pool), asked):
+                self.features = tower_features(self.tower, pool.images, progress=progress)
+        self.optimizers = [make_optimizer(model, config.inner()) for model in self.learners]
         self.weight_net = WeightNet(seed=derive_seed("phi", seed)).to(device)
         self.weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=config.weight_lr)
         self.shown = torch.zeros(len(pool))
@@ -148,7 +168,7 @@ class Trajectory:
         inner = self._inner(k, batch, shown)
         for group in self.optimizers[k].param_groups:
             group["lr"] = learning_rate(self.step, self.config.inner())
-        take_step(self.models[k], self.optimizers[k], inner)
+        take_step(self.learners[k], self.optimizers[k], inner)
         if not self.cross_fit:
             self.weight_net.see(inner.losses)
 
@@ -156,9 +176,9 @@ class Trajectory:
         """The gradient of theta_k; an outer step of phi is taken where one is due."""
         noise = derive_seed("noise", self.seed, self.step, k)
         if not self._warm() or (self.step + k) % self.config.meta_every:
-            return inner_step(self.models[k], self.weight_net, batch, shown, noise)
+            return inner_step(self.learners[k], self.weight_net, batch, shown, noise)
         meta = META_GRADIENTS[self.config.meta_gradient](
-            self.models[k], self.weight_net, batch, self._validation(k), self.config.eta,
+            self.learners[k], self.weight_net, batch, self._validation(k), self.config.eta,
             shown, noise,
         )  # fmt: skip
         for p, g in zip(self.weight_net.parameters(), meta.phi_gradient, strict=True):
@@ -193,10 +213,23 @@ class Trajectory:
         return self._images(draw(self.validated[k], self.config.batch_size, draws), None)
 
     def _images(self, at: Tensor, draws: torch.Generator | None) -> Batch:
+        labels = sent(self.pool.labels[at], self.device)
+        if self.features is not None and (draws is None or self.config.augment == "none"):
+            return sent(self.features[at], self.device), labels
         x = to_float(self.pool.images[at])
         if draws is not None:
             x = augment_batch(self.config.augment, x, draws)
-        return sent(x, self.device), sent(self.pool.labels[at], self.device)
+        x = sent(x, self.device)
+        if self.tower is not None:
+            with torch.no_grad():
+                x = self.tower.features(x)
+        return x, labels
+
+    def _losses(self, k: int, at: Tensor) -> Tensor:
+        """Losses of the images at `at` by classifier k in eval mode, on the CPU."""
+        if self.features is not None:
+            return losses_of(self.learners[k], self.features, self.pool.labels, at)
+        return losses_of(self.models[k], self.pool.images, self.pool.labels, at)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -205,9 +238,9 @@ class Trajectory:
         at, row = self._coming(), {"step": float(self.step), "outer_loss": float(self.outer)}
         if self.cross_fit:
             if self._warm():  # equal weights until the classifiers know something
-                for k, model in enumerate(self.models):
+                for k in range(self.config.folds):
                     held = at[self.pool.folds[at] == k]
-                    self.shown[held] = losses_of(model, self.pool, held)
+                    self.shown[held] = self._losses(k, held)
                 self.weight_net.see(self.shown[at].to(self.device))
             weights = self.weight_net(self.shown[at].to(self.device)).cpu()
             for name, role in ROLES.items():
@@ -256,13 +289,16 @@ def draw(at: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def losses_of(model: Classifier, pool: Pool, at: Tensor, batch_size: int = 256) -> Tensor:
-    """Losses of the images at `at` in eval mode, on the CPU; the model's mode comes back."""
+def losses_of(
+    model: nn.Module, images: Tensor, labels: Tensor, at: Tensor, batch_size: int = 256
+) -> Tensor:
+    """Losses of those of the images (uint8, or features) that stand `at` in eval mode, on the CPU;
+    the model's mode comes back."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     found = [
         F.cross_entropy(
-            model(to_float(pool.images[part].to(device))), pool.labels[part].to(device),
+            model(to_float(images[part].to(device))), labels[part].to(device),
             reduction="none",
         ).float().cpu()
         for part in at.split(batch_size)

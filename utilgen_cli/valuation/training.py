@@ -61,7 +61,7 @@ def train_values(
         folds=config.folds, canaries=config.canaries, seed=seed,
     )  # fmt: skip
     size = data.real.images.shape[-1]
-    run = Trajectory(config, pool, size, seed, torch.device(device))
+    run = Trajectory(config, pool, size, seed, torch.device(device), progress)
     checkpoint = directory / CHECKPOINT
     train_trajectory(run, directory, checkpoint, progress)
     entries = [snapshot_entry(i, config.folds) for i in range(config.snapshots)]
