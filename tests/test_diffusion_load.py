@@ -397,12 +397,27 @@ def test_weights_are_fetched_in_the_files_that_a_repository_has(
     asked = fake_hub(monkeypatch, hub, cache)
     drawn = draw(load_model("someone/model"))
     assert torch.equal(drawn, draw(load_model(str(hub))))
-    assert asked == [False, False] if how else [False]
+    assert asked == [False] * (3 if how else 2)  # what it is, its weights, its other weights
     assert torch.equal(drawn, draw(load_model("someone/model")))
     assert asked[-1] == ("variant" not in how)  # the second time the hub is not asked
     for part in (cache / "unet").glob("*-00002-of-*"):  # where the fetch broke off
         part.unlink()
     assert torch.equal(drawn, draw(load_model("someone/model")))
+
+
+@pytest.mark.parametrize("asks", [{"addition_embed_type": "text_time"}, {}], ids=["SDXL", "Flux"])
+def test_no_weights_are_fetched_of_another_kind_of_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: dict[str, str]
+) -> None:
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    make_bundle(hub)
+    edit(hub / "unet" / "config.json", **asks)
+    if not asks:
+        (hub / "unet").rename(hub / "transformer")
+    fake_hub(monkeypatch, hub, cache)
+    with pytest.raises((BadInput, NoInput), match=r"model someone/model: (is not a|has no unet/)"):
+        load_model("someone/model")
+    assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
 
 
 def test_half_precision_that_another_tool_left_is_taken_where_there_is_no_network(

@@ -195,7 +195,7 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
     train = {"dpo": run_dpo, "lora": run_lora}[trainer]
     finetune = replace(QUICK, ema=ema, warmup=3, gradient_accumulation=2)
     train(bundle, tmp_path / "whole", finetune)
-    for stop_after in (2, 2, 1):
+    for stop_after in (2, 3, 1):  # a step's end, the middle of the next, that of the first
         calls = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(signals, "stop_requested", lambda c=calls, n=stop_after: next(c) + 1 >= n)

@@ -67,8 +67,8 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["utilgen.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
-    patterns += [f"{folder}/{file}" for folder, file in WEIGHTS.items()]
+    configs = ["utilgen.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
+    patterns = configs + [f"{folder}/{file}" for folder, file in WEIGHTS.items()]
     fetch = partial(snapshot_download, hub_id, etag_timeout=10)
     cached = None
     try:
@@ -78,6 +78,7 @@ def _from_hub(hub_id: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
+        check_unet(Path(fetch(allow_patterns=configs)), hub_id)  # before gigabytes of weights
         path = Path(fetch(allow_patterns=patterns))
         if others := _other_weights(path):
             path = Path(fetch(allow_patterns=patterns + others))
@@ -135,13 +136,17 @@ def first_line(error: BaseException, otherwise: str) -> str:
 def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
     """Load one component; anything that the library says about it becomes one line."""
     if not (path / folder).is_dir():
-        advice = "Name a diffusers directory of Stable Diffusion 1.x or 2.x."
-        raise NoInput(f"model {path}", f"has no {folder}/", advice)
+        raise _lacks(str(path), folder)
     try:
         with offline():
             return load(path / folder)
     except Exception as error:  # the libraries raise whatever the file makes them stumble on
         raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
+
+
+def _lacks(name: str, folder: str) -> NoInput:
+    advice = "Name a diffusers directory of Stable Diffusion 1.x or 2.x."
+    return NoInput(f"model {name}", f"has no {folder}/", advice)
 
 
 def weights_variant(path: Path, folder: str) -> str | None:
@@ -164,6 +169,8 @@ def load_weights(path: Path, folder: str, kind: Any, **options: Any) -> Any:
     if variant is None and (path / folder).is_dir():
         advice = "Save it again with diffusers' save_pretrained, which writes safetensors."
         raise NoInput(f"{path / folder}", f"has no {WEIGHTS[folder]}", advice)
+    if folder == "unet":
+        check_unet(path, str(path))
     load = partial(
         kind.from_pretrained, use_safetensors=True, local_files_only=True, variant=variant or None,
         output_loading_info=True, **options,
@@ -175,18 +182,38 @@ def load_weights(path: Path, folder: str, kind: Any, **options: Any) -> Any:
     return module
 
 
+def check_unet(path: Path, name: str) -> None:
+    """BadInput where the U-Net's configuration says that it takes more than a prompt and the noise
+    of latents, NoInput where there is none; what cannot be read is told when it is loaded."""
+    file = path / "unet" / "config.json"
+    if not file.exists():
+        raise _lacks(name, "unet")
+    try:
+        config = json.loads(file.read_text())
+        takes = {key: config.get(key) for key in CONDITIONS}
+        takes["in_channels"] = config.get("in_channels", 4)
+        out_channels = config.get("out_channels", 4)
+    except (ValueError, AttributeError):
+        return
+    if takes["in_channels"] == out_channels:  # 9 and 4 to inpaint, 8 to edit, 7 to upscale
+        del takes["in_channels"]
+    for key, value in takes.items():
+        if value is not None:
+            raise _other_kind(name, key, value)
+
+
 def check_fit(path: Path, unet: Any, text_encoder: Any, vae: Any) -> None:
-    """BadInput where a prompt and noise of the VAE's latents are not all that the U-Net takes."""
+    """BadInput where the U-Net is made for another text encoder, or another VAE's latents."""
     config, channels = unet.config, vae.config.latent_channels
-    fits = {
-        "cross_attention_dim": config.cross_attention_dim == text_encoder.config.hidden_size,
-        "in_channels": config.in_channels == channels,  # 9 to inpaint, 8 to edit, 7 to upscale
-        "out_channels": config.out_channels == channels,
-        **{name: getattr(config, name) is None for name in CONDITIONS},
-    }
-    if other := [name for name, holds in fits.items() if not holds]:
-        why = "is not a Stable Diffusion 1.x or 2.x text-to-image model"
-        raise BadInput(f"model {path}", f"{why} ({other[0]}: {getattr(config, other[0])})")
+    fits = {"cross_attention_dim": text_encoder.config.hidden_size, "in_channels": channels}
+    for key, value in fits.items():
+        if config[key] != value:
+            raise _other_kind(str(path), key, config[key])
+
+
+def _other_kind(name: str, key: str, value: object) -> BadInput:
+    why = f"is not a Stable Diffusion 1.x or 2.x text-to-image model ({key}: {value})"
+    return BadInput(f"model {name}", why)
 
 
 def default_size(path: Path, unet: Any, scale: int) -> int:

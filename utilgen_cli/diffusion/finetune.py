@@ -110,13 +110,17 @@ class Finetuning:
         self.result = FinetuneResult()
         self.lost = 0  # steps in a row whose loss was not finite
 
-    def advance(self) -> Figures:
-        """One optimiser step; the figures of its batch."""
+    def advance(self) -> Figures | None:
+        """One optimiser step; the figures of its batch. None: a stop signal came between its parts,
+        and the step is to be begun anew."""
         step, config = self.result.steps, self.config
         rows, draw = self._global_batch(step)
         mine = torch.arange(len(rows))[self.rank :: self.processes]
         figures: list[dict[str, Tensor]] = []
         for part in mine.split(config.batch_size):
+            if figures and distributed.stop_anywhere(self.device):
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
             with autocast(self.device, self.objective.dtype):
                 loss, shown = self.objective.loss(rows[part], draw.part(part))
             self.scaler.scale(loss / config.gradient_accumulation).backward()
@@ -267,10 +271,11 @@ def finetune(
     with progress(description, config.steps) as task, signals.deferred():
         task.advance(run.result.steps)
         while run.result.steps < config.steps and run.result.stopped is None:
-            task.advance(1, **run.advance())
-            if due(run.result.steps, config):
-                task.advance(0, **{f"held-out {name}": v for name, v in run.look().items()})
-            stop = distributed.stop_anywhere(run.device)
+            if figures := run.advance():
+                task.advance(1, **figures)
+                if due(run.result.steps, config):
+                    task.advance(0, **{f"held-out {name}": v for name, v in run.look().items()})
+            stop = figures is None or distributed.stop_anywhere(run.device)
             if checkpoint is not None and (stop or time.monotonic() - saved > wait):
                 began = time.monotonic()
                 run.save(checkpoint, fingerprint)
