@@ -45,25 +45,33 @@ def rms_norm(squares: Sequence[Tensor]) -> float:
 
 
 def image_gradients(
-    terms: list[Term], images: Tensor, labels: Tensor, rows: int | None = None
+    terms: list[Term],
+    images: Tensor,
+    labels: Tensor,
+    rows: int | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """(G [B, 3, H, W], rms|g_k| by term name) at detached images.
 
     The terms see whole classes, `rows` images at once (all without). The images may lie on the
-    host: then G does.
+    host: then G does; `in_place`, where they lay.
     """
-    blocks = class_blocks(labels, rows or len(labels))
-    total, scales = torch.zeros_like(images), {}
-    for term in terms:
-        gradient, squares = torch.empty_like(images), []
-        for at in blocks:
-            here = at.to(images.device)
-            g, square = term_gradient(term, images[here].to(labels.device), labels[at])
-            squares.append(square)
-            gradient[here] = g.to(images.device)
-        scales[term.name] = scale = rms_norm(squares)
-        if scale > 0:
-            total += term.weight / scale * gradient
+    parts = [images if in_place and not k else torch.empty_like(images) for k in range(len(terms))]
+    squares: list[list[Tensor]] = [[] for _ in terms]
+    for at in class_blocks(labels, rows or len(labels)):
+        here, y = at.to(images.device), labels[at]
+        x = images[here].to(labels.device)
+        for term, part, found in zip(terms, parts, squares, strict=True):
+            gradient, square = term_gradient(term, x, y)
+            part[here] = gradient.to(images.device)
+            found.append(square)
+    scales = {t.name: rms_norm(found) for t, found in zip(terms, squares, strict=True)}
+    for term, part in zip(terms, parts, strict=True):
+        scale = scales[term.name]
+        part.mul_(term.weight / scale) if scale > 0 else part.zero_()
+    total, *others = parts
+    for part in others:
+        total += part
     return total, scales
 
 
@@ -80,24 +88,26 @@ def accumulate(
     `between` is called before each such part.
 
     A run that fits, decoding included, is one graph. A larger one is drawn without, for G (a term
-    may value the whole set); then G is pulled back step by step and chunk by chunk. Its images and
-    G lie on the host.
+    may value the whole set); then G is pulled back step by step and chunk by chunk. Its images lie
+    on the host, and G, which may take their place.
     """
     if len(noise) * (len(chosen) + 1) <= chunk:
         leaf = cond.detach().requires_grad_()
         images = rollout.images(noise, leaf, chosen)
-        (gradient,) = torch.autograd.grad(images, leaf, gradient_of(images.detach()))
+        (gradient,) = torch.autograd.grad(images, leaf, gradient_of(images.detach().clone()))
         return gradient
     parts = list(zip(noise.split(chunk), cond.detach().split(chunk), strict=True))
-    runs, drawn = [], []
-    for x, p in parts:
+    runs, host = [], torch.empty(0)
+    for number, (x, p) in enumerate(parts):
         between()
         run, images = rollout.draw(x, p, chosen)
         runs.append(run)
-        drawn.append(images.cpu())
-    gradient = gradient_of(torch.cat(drawn)).split(chunk)
+        if not number:
+            host = images.new_empty(len(noise), *images.shape[1:], device="cpu")
+        host[number * chunk : number * chunk + len(x)] = images
+    gradients = gradient_of(host).split(chunk)
     pulled = []
-    for run, (_, p), g in zip(runs, parts, gradient, strict=True):
+    for run, (_, p), g in zip(runs, parts, gradients, strict=True):
         between()
         pulled.append(rollout.pull_back(run, p, chosen, g.to(p.device)))
     return torch.cat(pulled)

@@ -181,7 +181,7 @@ class PromptSearch:
         self.optimizer.zero_grad()
 
         def gradient_of(images: Tensor) -> Tensor:
-            return image_gradients(self.terms, images, classes, self.chunk)[0]
+            return image_gradients(self.terms, images, classes, self.chunk, in_place=True)[0]
 
         cond = self.embeds(classes, members)
         pulled = accumulate(
