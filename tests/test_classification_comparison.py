@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from utilgen_cli.classification import evaluation
+from utilgen_cli.classification import comparison, evaluation, models, towers
 from utilgen_cli.classification.arms import at_volume, build_arms
+from utilgen_cli.classification.clip import load_tower
 from utilgen_cli.classification.comparison import Comparison, Inputs, Protocol, compare_arms
 from utilgen_cli.classification.cost import generation_cost
 from utilgen_cli.classification.data import shuffled_batches
+from utilgen_cli.classification.models import load_classifier
 from utilgen_cli.classification.train import TrainConfig
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
@@ -25,7 +27,9 @@ from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
 from .classification_toys import NAMES, colour_images, samples_of, shards_of
+from .conftest import ROOT
 
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
 PROTOCOL = Protocol(TrainConfig(steps=6, batch_size=8), seeds=2, image_size=16)
 
 
@@ -95,6 +99,46 @@ def test_the_same_comparison_gives_the_same_figures(inputs: Inputs, found: Compa
         assert [r["nll"] for r in one["runs"]] == [r["nll"] for r in two["runs"]]
     assert timeless(found.summary["synthetic"]) == timeless(again.summary["synthetic"])
     assert found.influence == again.influence
+
+
+def test_a_tower_that_is_never_trained_sees_every_set_once(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of classifiers that each have their own; a stop before the test is
+    no matter."""
+    config = TrainConfig(steps=6, batch_size=8, augmentation="none")
+    protocol = replace(PROTOCOL, archs=[f"open_clip:{CLIP}"], config=config)
+    seen: list[int] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        tower, transform = load_tower(*args, **kwargs)
+        tower.register_forward_hook(lambda _, x, __: seen.append(len(x[0])))
+        return tower, transform
+
+    monkeypatch.setattr(models, "load_tower", watched)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(comparison, "judge_runs", stopped)
+        compare_arms(inputs, protocol, tmp_path / "runs")
+    assert sum(n for n in seen if n > 1) == 12 + 24 + 24 + 18  # one image is asked for its width
+    seen.clear()
+    one = compare_arms(inputs, protocol, tmp_path / "runs")
+    assert sum(n for n in seen if n > 1) == 30
+    assert len([load_classifier(path) for path in tmp_path.glob("runs/*.safetensors")]) == 2
+    for module in (evaluation, towers):
+        monkeypatch.setattr(module, "has_named_weights", lambda _: False)
+    seen.clear()
+    two = compare_arms(inputs, protocol)
+    assert sum(n for n in seen if n > 1) == 7 * (12 + 24 + 24 + 18 + 30)
+    assert one.influence.keys() == two.influence.keys()
+    for name, values in one.influence.items():
+        assert values == pytest.approx(two.influence[name], rel=1e-3, abs=1e-6)
+    for ours, theirs in zip(one.summary["arms"], two.summary["arms"], strict=True):
+        for a, b in zip(ours["runs"], theirs["runs"], strict=True):
+            assert a["nll"] == pytest.approx(b["nll"], rel=1e-4)
 
 
 def test_the_test_sets_images_are_read_once_when_no_run_is_left_to_train(

@@ -54,6 +54,14 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(one.head.weight, three.head.weight)
 
 
+def test_a_head_is_the_same_with_and_beside_a_tower() -> None:
+    first, other = (build_classifier(f"open_clip:{CLIP}", 4, 32, seed=seed) for seed in (3, 4))
+    beside = build_classifier(f"open_clip:{CLIP}", 4, 32, seed=3, like=other)
+    assert beside.tower is other.tower
+    assert torch.equal(beside.head.weight, first.head.weight)
+    assert not torch.equal(other.head.weight, first.head.weight)
+
+
 def test_grey_images_are_taken_as_rgb() -> None:
     model = build_classifier("small-cnn", 3, 32).eval()
     grey = torch.rand(2, 1, 32, 32)

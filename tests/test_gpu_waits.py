@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,11 +33,13 @@ from utilgen_cli.diffusion.prompt_inversion import invert_prompts
 from utilgen_cli.diffusion.render import decode_pixels
 from utilgen_cli.runtime.device import sent
 from utilgen_cli.runtime.errors import UtilgenError
+from utilgen_cli.valuation.pool import make_pool
 from utilgen_cli.valuation.todv import Trajectory, ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 from utilgen_cli.valuation.weight_net import WeightNet
 
+from .conftest import ROOT
 from .policy_parts import make_value
 from .pretend_gpu import HostWaits, State, no_waits, pretend_gpu
 from .random_bundle import CLASSES, make_bundle
@@ -46,6 +47,7 @@ from .test_preference_training import pairs, shaded_samples, shots
 from .valuation_toys import colours
 
 CUDA = torch.device("cuda")
+CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
 ITEMS = [(0, 0), (1, 0), (0, 1)]
 
 
@@ -164,14 +166,15 @@ def test_optimising_noise_never_waits(generator: Generator, mode: str) -> None:
         assert adopted.latents(ITEMS).device.type == "cuda"
 
 
-def test_a_batch_to_weigh_never_waits(gpu: None) -> None:
-    pool = SimpleNamespace(
-        images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels=torch.arange(4)
-    )
-    run: Any = SimpleNamespace(pool=pool, device=CUDA, config=SimpleNamespace(augment="flip"))
-    draws = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("arch", ["small-cnn", f"open_clip:{CLIP}"], ids=["cnn", "tower"])
+@pytest.mark.parametrize("augment", ["pad", "none"])
+def test_a_batch_to_weigh_never_waits(gpu: None, arch: str, augment: str) -> None:
+    pool, _ = make_pool(colours(6, 1), None, None, folds=2, canaries=0.1, seed=0)
+    config = ValueConfig(arch=arch, folds=2, batch_size=4, augment=augment)
+    run = Trajectory(config, pool, 16, 0, CUDA)
+    assert (run.features is None) == (arch == "small-cnn")
     with no_waits():
-        for part in Trajectory._images(run, torch.tensor([2, 0]), draws):
+        for part in (*run._batch(0)[0], *run._validation(0)):
             assert part.device.type == "cuda"
 
 

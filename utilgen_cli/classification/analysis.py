@@ -23,8 +23,8 @@ from .data import LabelledImages
 from .distribution import compare
 from .evaluation import Run, weights_path
 from .influence import direction, influence_parts, mean_over, positive_share, temperature
-from .models import Classifier, load_classifier
-from .train import extract_features
+from .models import Classifier
+from .towers import Towers
 
 
 @dataclass
@@ -34,28 +34,29 @@ class Probe:
     model: Classifier
     reference: Tensor  # features [V, D]
     s: Tensor  # direction of influence [C, D+1]
+    towers: Towers
 
     def see(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
         """(features [N, D], logits [N, C])."""
-        return see(self.model, data)
+        return see(self.model, data, self.towers)
 
 
 @torch.no_grad()
-def _calibrate(model: Classifier, reference: LabelledImages) -> None:
+def _calibrate(model: Classifier, reference: LabelledImages, towers: Towers) -> None:
     """Divide the head by its temperature.
 
     A few-shot classifier is overconfident, so that anything that lowers its confidence, a false
     label too, would lower the validation loss and count as helpful.
     """
-    t = temperature(see(model, reference)[1], reference.labels)
+    t = temperature(see(model, reference, towers)[1], reference.labels)
     model.head.weight.div_(t)
     model.head.bias.div_(t)
 
 
 @torch.no_grad()
-def see(model: Classifier, data: LabelledImages) -> tuple[Tensor, Tensor]:
+def see(model: Classifier, data: LabelledImages, towers: Towers) -> tuple[Tensor, Tensor]:
     """(features [N, D], logits [N, C]) of a set, on the CPU in fp32."""
-    features = extract_features(model, data.images)
+    features = towers.features(model, data.images)
     head = model.head
     return features, torch.nn.functional.linear(features, head.weight.cpu(), head.bias.cpu())
 
@@ -68,9 +69,9 @@ class Analyst:
 
     def __init__(
         self, probes: Sequence[Run], directory: Path, real: LabelledImages,
-        reference: LabelledImages, device: torch.device,
+        reference: LabelledImages, towers: Towers,
     ) -> None:  # fmt: skip
-        self.runs, self.directory, self.device = probes, directory, device
+        self.runs, self.directory, self.towers = probes, directory, towers
         self.real, self.reference = real, reference
         self._probes: list[Probe] = []
 
@@ -111,8 +112,10 @@ class Analyst:
         return self._probes
 
     def _probe(self, run: Run) -> Probe:
-        model = load_classifier(weights_path(self.directory, run)).to(self.device)
-        _calibrate(model, self.reference)
-        features, logits = see(model, self.reference)
-        s = direction(see(model, self.real), (features, logits, self.reference.labels))
-        return Probe(model, features, s)
+        classes, size = len(self.real.classes), self.real.images.shape[-1]
+        path = weights_path(self.directory, run)
+        model = self.towers.load(path, run.arch, classes, size)
+        _calibrate(model, self.reference, self.towers)
+        features, logits = see(model, self.reference, self.towers)
+        s = direction(see(model, self.real, self.towers), (features, logits, self.reference.labels))
+        return Probe(model, features, s, self.towers)

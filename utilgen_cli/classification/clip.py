@@ -26,6 +26,12 @@ def tower_files(arch: str) -> Path | None:
     return directory_named(arch.partition(":")[2]) if is_clip(arch) else None
 
 
+def has_named_weights(arch: str) -> bool:
+    """True where a classifier never trains its tower, and every seed has the same."""
+    _, _, name = arch.partition(":")
+    return arch.startswith(OPEN_CLIP) and (tower_files(arch) is not None or "/" in name)
+
+
 def known_as(arch: str) -> str:
     """The architecture's name, and for a local directory a digest of what lies there."""
     files = tower_files(arch)

@@ -27,6 +27,7 @@ from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
 from .leaks import Prints, find_leaks
 from .summary import summarise
 from .team import Team
+from .towers import Towers
 from .train import TrainConfig
 
 if TYPE_CHECKING:
@@ -123,9 +124,10 @@ def _compare(
     _check_baseline(protocol.baseline, arms)
     together = team.size if protocol.data_parallel else 1
     runs, probes = _plan(protocol, arms, real, validation, together)
+    towers = Towers(protocol.device)
     trainer = Trainer(
-        protocol.config, size, protocol.device, protocol.pretrained, validation, protocol.workers,
-        team, together > 1,
+        protocol.config, size, towers, protocol.pretrained, validation, protocol.workers, team,
+        together > 1,
     )  # fmt: skip
     team.wait()  # the first process holds the directory now
     keep = frozenset(run.name for run in probes)
@@ -135,11 +137,11 @@ def _compare(
         return None
     analyses = {}
     if validation is not None:
-        analyst = Analyst(probes, directory, real, validation, protocol.device)
+        analyst = Analyst(probes, directory, real, validation, towers)
         analyses = {name: analyst.analyse(data) for name, data in synthetic.items()}
     # Nothing below trains or chooses: the test set is opened here, once.
     test = load(inputs.test)
-    judge_runs(runs, lambda: test, directory, protocol.device, keep, progress)
+    judge_runs(runs, lambda: test, directory, towers, keep, progress)
     prints = Prints.of(test)
     sets = {"real": real, "validation": validation, **synthetic}
     leaks = {name: find_leaks(data, prints) for name, data in sets.items() if data is not None}

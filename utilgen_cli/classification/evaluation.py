@@ -14,20 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..runtime import signals
 from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.errors import UtilgenError
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
 from .arms import Arm, digest_images
-from .clip import known_as
+from .clip import has_named_weights, known_as
 from .data import LabelledImages
 from .metrics import score
-from .models import Classifier, build_classifier, load_classifier, save_classifier
+from .models import Classifier, save_classifier
 from .team import Team
-from .train import TrainConfig, predict, train_classifier
+from .towers import Towers
+from .train import TrainConfig, train_classifier
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Trainer:
 
     config: TrainConfig
     image_size: int
-    device: torch.device
+    towers: Towers
     pretrained: bool = False
     validation: LabelledImages | None = None  # for selection only
     workers: int = 0
@@ -89,13 +88,13 @@ class Trainer:
         self, run: Run, checkpoint: Path | None = None, progress: Progress = silent
     ) -> tuple[Classifier, dict[str, Any]]:
         """A trained classifier and the facts of its training."""
-        model = build_classifier(
+        model = self.towers.build(
             run.arch, len(run.arm.data.classes), self.image_size, self.pretrained, run.seed
-        ).to(self.device)
+        )
         result = train_classifier(
             model, run.arm.data, self.config, seed=run.seed, mix=run.arm.mix,
             validation=self.validation, checkpoint=checkpoint, workers=self.workers,
-            together=self.together, progress=progress,
+            together=self.together, see=self.towers.features, progress=progress,
         )  # fmt: skip
         if not math.isfinite(result.loss):
             raise UtilgenError(
@@ -134,7 +133,8 @@ def train_runs(
             checkpoint = checkpoint_path(directory, run)
             model, facts = trainer.train(run, checkpoint)
             if writes:
-                save_classifier(weights_path(directory, run), model)
+                whole = run.name in keep or not has_named_weights(run.arch)
+                save_classifier(weights_path(directory, run), model, whole)
                 write_json(facts_path(directory, run), facts)
                 remove_checkpoint(checkpoint)
             task.advance(1, arm=run.arm.name, seed=str(run.seed))
@@ -150,7 +150,7 @@ def judge_runs(
     runs: Sequence[Run],
     open_test: Callable[[], LabelledImages],
     directory: Path,
-    device: torch.device,
+    towers: Towers,
     keep: frozenset[str] = frozenset(),
     progress: Progress = silent,
 ) -> None:
@@ -164,8 +164,9 @@ def judge_runs(
     test = open_test()
     with progress("test arms", len(missing)) as task:
         for run in missing:
-            model = load_classifier(weights_path(directory, run)).to(device)
-            found = score(predict(model, test.images), test.labels, len(test.classes))
+            path, size = weights_path(directory, run), test.images.shape[-1]
+            model = towers.load(path, run.arch, len(test.classes), size)
+            found = score(towers.predict(model, test.images), test.labels, len(test.classes))
             facts = json.loads(facts_path(directory, run).read_text())
             write_json(result_path(directory, run), {**facts, **found, "n_test": len(test)})
             facts_path(directory, run).unlink()

@@ -128,7 +128,11 @@ def build_classifier(
         if like is not None and has_common_tower(arch):
             return _beside(like, num_classes)
         if is_clip(arch):
-            return _clip_classifier(arch, num_classes)
+            model = _clip_classifier(arch, num_classes)
+            if has_common_tower(arch):  # the head is the one that it has beside another's tower
+                seed_everything(seed)
+                model.head.reset_parameters()
+            return model
         return _timm_classifier(arch, num_classes, image_size, pretrained)
 
 

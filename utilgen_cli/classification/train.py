@@ -7,6 +7,7 @@ data, and `predict` is called by the evaluation once the model is final.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -157,6 +158,7 @@ def train_classifier(
     checkpoint: Path | None = None,
     workers: int = 0,
     together: bool = False,
+    see: Callable[[Classifier, Tensor, str, Progress], Tensor] | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
@@ -167,7 +169,8 @@ def train_classifier(
     (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
     for image by image. `together`: all processes under torchrun train this one model, each on its
     share of every batch (batch norm sees the share, but for synchronised one on GPUs). Where a head
-    alone learns and nothing augments, an image goes through the tower once.
+    alone learns and nothing augments, an image goes through the tower once (`see`: by default
+    `tower_features`).
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
@@ -179,9 +182,9 @@ def train_classifier(
     if not together and config.augmentation == "none" and pays_to_keep(model, count, asked):
         learner = model.head
 
-        def seen(images: LabelledImages) -> LabelledImages:
-            found = tower_features(model, images.images, config.precision, progress)
-            return replace(images, images=found)
+        def seen(some: LabelledImages) -> LabelledImages:
+            features = (see or tower_features)(model, some.images, config.precision, progress)
+            return replace(some, images=features)
 
         data, mix, validation = seen(data), mix and seen(mix), validation and seen(validation)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -122,14 +122,8 @@ class Trajectory:
             )  # fmt: skip
             model.to(device).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
             self.models.append(model.train())
-        self.learners: list[nn.Module] = [*self.models]
         self.tower = self.models[0] if has_common_tower(config.arch) else None
-        self.features: Tensor | None = None  # [N, D]
-        if self.tower is not None:
-            self.learners = [model.head for model in self.models]
-            asked = config.steps * config.folds * config.batch_size
-            if pays_to_keep(self.tower, len(pool), asked):
-                self.features = tower_features(self.tower, pool.images, progress=progress)
+        self.learners = [m if self.tower is None else m.head for m in self.models]
         self.optimizers = [make_optimizer(model, config.inner()) for model in self.learners]
         self.weight_net = WeightNet(seed=derive_seed("phi", seed)).to(device)
         self.weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=config.weight_lr)
@@ -140,6 +134,10 @@ class Trajectory:
         self.history: list[dict[str, float]] = []
         self.step = 0
         self.outer: Tensor | float = 0.0  # the outer loss of the last outer step
+        self.features: Tensor | None = None  # [N, D]
+        asked = config.steps * config.folds * config.batch_size
+        if self.tower is not None and pays_to_keep(self.tower, len(pool), asked):
+            self.features = tower_features(self.tower, pool.images, progress=progress)
 
     def _refuse_empty_folds(self) -> None:
         real = [len(real) for real, _ in self.trained]
