@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,15 +42,6 @@ def make_sample(number: int, label: int = 0, size: int = 8, **facts: object) -> 
         "json": encode_json({"class_name": f"class {label}", **facts}),
     }
     return Sample(f"{label:04d}-{number:06d}", members)
-
-
-@contextmanager
-def no_compiler() -> Iterator[None]:
-    """Inside, torch finds no C++ compiler that works, and no kernel of before."""
-    from torch._inductor import config
-
-    with config.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
-        yield
 
 
 def tar_bytes(samples: Iterable[Sample]) -> bytes:

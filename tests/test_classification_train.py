@@ -24,9 +24,11 @@ from utilgen_cli.classification.batches import AUGMENTATIONS, Batches, stored_si
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
 from utilgen_cli.classification.models import build_classifier
+from utilgen_cli.classification.resume import Training
 from utilgen_cli.classification.train import (
     TrainConfig,
     learning_rate,
+    make_optimizer,
     predict,
     preset,
     synchronise_batch_norm,
@@ -139,6 +141,21 @@ def test_a_frozen_tower_is_asked_once_for_what_nothing_augments(
     torch.testing.assert_close(found, head(), rtol=1e-4, atol=1e-5)
     assert sum(asked) == steps * 12 + steps // 2 * 12
     assert seen == (72 + 24 + 12 if steps == 24 else sum(asked))
+
+
+def test_a_checkpoint_that_holds_the_tower_too_is_begun_anew(tmp_path: Path) -> None:
+    """An earlier version wrote such; the head is trained alone now."""
+    config, checkpoint = replace(QUICK, augmentation="none"), tmp_path / "c.safetensors"
+
+    def head(checkpoint: Path | None) -> torch.Tensor:
+        model = build_classifier(f"open_clip:{CLIP}", 3, 16)
+        if checkpoint is not None:
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            Training(model, make_optimizer(model, config), scaler, step=3).save(checkpoint, 0)
+        train_classifier(model, colour_images(8), config, seed=0, checkpoint=checkpoint)
+        return model.head.weight.detach()
+
+    assert torch.equal(head(None), head(checkpoint))
 
 
 def test_without_looks_the_last_step_is_kept() -> None:

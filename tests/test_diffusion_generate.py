@@ -30,7 +30,6 @@ from utilgen_cli.diffusion.utilisation import image_flops
 from utilgen_cli.runtime.errors import BadInput, UsageError, UtilgenError
 from utilgen_cli.shards.sample import Sample
 
-from .conftest import no_compiler
 from .random_bundle import CLASSES, SIZE, make_bundle
 from .test_diffusion_tokens import make_tokens
 
@@ -113,10 +112,13 @@ def test_a_compiled_unet_draws_the_same_pictures_and_is_compiled_once(
 
 
 def test_a_machine_without_a_compiler_says_so() -> None:
+    from torch._inductor import config
+
     model: Any = SimpleNamespace(unet=torch.nn.Tanh())
     render.compile_unet(model)
+    no_compiler = config.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True})
     with (
-        no_compiler(),
+        no_compiler,
         pytest.raises(UtilgenError, match="--compile: the U-Net cannot be compiled"),
     ):
         model.unet(torch.ones(3))
