@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utilgen_cli.classification.clip import adapted_layers
+from utilgen_cli.classification.clip import adapted_layers, has_named_weights
 from utilgen_cli.classification.models import build_classifier, load_classifier, save_classifier
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
@@ -60,6 +60,14 @@ def test_a_head_is_the_same_with_and_beside_a_tower() -> None:
     assert beside.tower is other.tower
     assert torch.equal(beside.head.weight, first.head.weight)
     assert not torch.equal(other.head.weight, first.head.weight)
+
+
+def test_a_tower_is_named_by_a_directory_or_a_tag() -> None:
+    """An empty tag names none: the tower is random."""
+    named = {f"open_clip:{CLIP}": True, "open_clip:ViT-B-32/openai": True,
+             "open_clip:ViT-B-32": False, "open_clip:ViT-B-32/": False,
+             f"open_clip-lora:{CLIP}": False, "resnet18": False}  # fmt: skip
+    assert {arch: has_named_weights(arch) for arch in named} == named
 
 
 def test_grey_images_are_taken_as_rgb() -> None:

@@ -24,11 +24,9 @@ from utilgen_cli.classification.batches import AUGMENTATIONS, Batches, stored_si
 from utilgen_cli.classification.data import to_float
 from utilgen_cli.classification.metrics import accuracy
 from utilgen_cli.classification.models import build_classifier
-from utilgen_cli.classification.resume import Training
 from utilgen_cli.classification.train import (
     TrainConfig,
     learning_rate,
-    make_optimizer,
     predict,
     preset,
     synchronise_batch_norm,
@@ -143,21 +141,6 @@ def test_a_frozen_tower_is_asked_once_for_what_nothing_augments(
     assert seen == (72 + 24 + 12 if steps == 24 else sum(asked))
 
 
-def test_a_checkpoint_that_holds_the_tower_too_is_begun_anew(tmp_path: Path) -> None:
-    """An earlier version wrote such; the head is trained alone now."""
-    config, checkpoint = replace(QUICK, augmentation="none"), tmp_path / "c.safetensors"
-
-    def head(checkpoint: Path | None) -> torch.Tensor:
-        model = build_classifier(f"open_clip:{CLIP}", 3, 16)
-        if checkpoint is not None:
-            scaler = torch.amp.GradScaler("cpu", enabled=False)
-            Training(model, make_optimizer(model, config), scaler, step=3).save(checkpoint, 0)
-        train_classifier(model, colour_images(8), config, seed=0, checkpoint=checkpoint)
-        return model.head.weight.detach()
-
-    assert torch.equal(head(None), head(checkpoint))
-
-
 def test_without_looks_the_last_step_is_kept() -> None:
     model = build_classifier("small-cnn", 3, 16)
     result = train_classifier(model, colour_images(4), QUICK, seed=0, validation=colour_images(2))
@@ -203,16 +186,20 @@ def stop_after(steps: int, received: list[int]) -> Callable[..., Any]:
     return progress
 
 
+@pytest.mark.parametrize("arch", ["small-cnn", f"open_clip:{CLIP}"], ids=["cnn", "head"])
 def test_a_stopped_training_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:
     config = TrainConfig(steps=12, batch_size=12, validate_every=3)
+    if arch != "small-cnn":
+        config = replace(config, augmentation="none")  # from features
     checkpoint = tmp_path / "c.safetensors"
     dropping = torch.nn.Dropout(0.5)  # its draws come from torch's own generator
 
     def run(checkpoint: Path | None = None, progress: Any = silent) -> tuple[Any, Any]:
-        model = build_classifier("small-cnn", 3, 16, seed=1)
-        model.tower.append(dropping)
+        model = build_classifier(arch, 3, 16, seed=1)
+        if arch == "small-cnn":
+            model.tower.append(dropping)
         kwargs = {"mix": colour_images(5, seed=4), "validation": colour_images(6, seed=5)}
         result = train_classifier(
             model, colour_images(8), config, seed=1, checkpoint=checkpoint, progress=progress,

@@ -117,6 +117,9 @@ def test_a_reader_that_leaves_is_141_and_silence(bash: Run, bundle: Path) -> Non
     assert (done.stdout.strip(), done.stderr) == (b"141", b"")
 
 
+LONG = ["-m", "tiny", "--prompt", "a very detailed photo " * 25 + "of a {}"]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
@@ -126,10 +129,12 @@ def test_a_reader_that_leaves_is_141_and_silence(bash: Run, bundle: Path) -> Non
         (["-m", "no/such"], 66, "no/such"),
         (["-m", "tiny", "--tokens", "none/"], 66, "utilgen invert"),
         (["-m", "tiny", "--prompt", "hello", "--classes", "a"], 2, "{}"),
+        (LONG, 2, "comes to no class within 16 tokens. Shorten --prompt"),
+        ([*LONG, "--classes", "dress"], 2, "comes to no class within 16 tokens. Shorten --prompt"),
         (
-            ["-m", "tiny", "--prompt", "a very detailed photo " * 25 + "of a {}"],
+            ["-m", "tiny", "--classes", ",".join("dress " * 25 + end for end in ("one", "two"))],
             2,
-            "Shorten --prompt",
+            "is the same for two classes within 16 tokens. Shorten --prompt",
         ),
     ],
 )

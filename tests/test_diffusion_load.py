@@ -284,7 +284,15 @@ def another_noise_schedule(path: Path) -> None:
     FlowMatchEulerDiscreteScheduler().save_pretrained(path / "scheduler")
 
 
-DAMAGE = [drop_unet, cut_weights, pickled_weights, half_a_unet, half_a_text_encoder,
+def unet_without_config(path: Path) -> None:
+    (path / "unet" / "config.json").unlink()
+
+
+def nested_config(path: Path) -> None:
+    (path / "unet" / "config.json").write_text("[" * 100_000)
+
+
+DAMAGE = [drop_unet, unet_without_config, nested_config, cut_weights, pickled_weights, half_a_unet, half_a_text_encoder,
           wide_text_encoder, another_prediction, another_noise_schedule]  # fmt: skip
 
 
@@ -297,6 +305,7 @@ def test_a_broken_bundle_gets_one_line(
     with pytest.raises((NoInput, BadInput)) as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+    assert damage is drop_unet or "has no unet/" not in str(caught.value)
     assert capfd.readouterr() == ("", "")  # the libraries do not say it a second time
 
 

@@ -195,7 +195,8 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
     train = {"dpo": run_dpo, "lora": run_lora}[trainer]
     finetune = replace(QUICK, ema=ema, warmup=3, gradient_accumulation=2)
     train(bundle, tmp_path / "whole", finetune)
-    for stop_after in (2, 3, 1):  # a step's end, the middle of the next, that of the first
+    # the middle of the very first step, a step's end, the middle of the next, that of the first again
+    for stop_after in (1, 2, 3, 1):
         calls = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(signals, "stop_requested", lambda c=calls, n=stop_after: next(c) + 1 >= n)
@@ -205,6 +206,10 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
         assert not (tmp_path / "parts" / f"{trainer}.json").exists()
     train(bundle, tmp_path / "parts", finetune)
     assert digest(tmp_path / "whole" / LORA) == digest(tmp_path / "parts" / LORA)
+    whole, parts = (
+        json.loads((tmp_path / name / f"{trainer}.json").read_text()) for name in ("whole", "parts")
+    )
+    assert whole | {"seconds": 0} == parts | {"seconds": 0}
 
 
 def test_a_run_does_not_go_on_with_other_pairs(

@@ -28,8 +28,8 @@ def tower_files(arch: str) -> Path | None:
 
 def has_named_weights(arch: str) -> bool:
     """True where a classifier never trains its tower, and every seed has the same."""
-    _, _, name = arch.partition(":")
-    return arch.startswith(OPEN_CLIP) and (tower_files(arch) is not None or "/" in name)
+    tag = arch.partition(":")[2].partition("/")[2]
+    return arch.startswith(OPEN_CLIP) and (tower_files(arch) is not None or tag != "")
 
 
 def known_as(arch: str) -> str:

@@ -23,7 +23,7 @@ from .arms import Arm, digest_images
 from .clip import has_named_weights, known_as
 from .data import LabelledImages
 from .metrics import score
-from .models import Classifier, save_classifier
+from .models import Classifier, has_common_tower, save_classifier
 from .team import Team
 from .towers import Towers
 from .train import TrainConfig, train_classifier
@@ -52,7 +52,8 @@ def plan_runs(
     configuration, `context`): a finished one is found again, and a changed one never is.
     """  # fmt: skip
     digests = {arm.name: _arm_digest(arm) for arm in arms}
-    known = {arch: known_as(arch) for arch in archs}
+    # what was trained before heads were drawn from their seed alone has another name
+    known = {arch: known_as(arch) + " head 2" * has_common_tower(arch) for arch in archs}
     runs = []
     for seed in seeds:
         for arch in archs:

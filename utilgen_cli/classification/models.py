@@ -237,10 +237,10 @@ def save_classifier(path: Path, model: Classifier, whole: bool = True) -> None:
     save_tensors(path, state, {"classifier": json.dumps(facts, sort_keys=True)})
 
 
-def load_classifier(path: Path, like: Classifier | None = None) -> Classifier:
+def load_classifier(path: Path, like: Classifier | None = None, share: bool = False) -> Classifier:
     """Read what `save_classifier` wrote; the model comes back on the CPU in eval mode.
 
-    A tower that is not in the file is that of `like`.
+    A tower that is not in the file is that of `like`; `share`: one that is, too.
     Raises NoInput when there is no such file, BadInput when it is not one of ours.
     """
     if not path.exists():
@@ -248,7 +248,8 @@ def load_classifier(path: Path, like: Classifier | None = None) -> Classifier:
     try:
         with safe_open(path, framework="pt") as f:
             facts = json.loads((f.metadata() or {})["classifier"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            names = [name for name in f.keys() if not (share and name.startswith("tower."))]  # noqa: SIM118
+            tensors = {name: f.get_tensor(name) for name in names}
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(str(path), f"not a classifier file ({error})") from None
     arch, count, transform = (facts[name] for name in ("arch", "num_classes", "transform"))

@@ -57,13 +57,12 @@ class Training:
         save_checkpoint(path, tensors, meta)
 
     def load(self, path: Path) -> None:
-        """Go on where `path` was saved, if it was: of the same modules (an earlier version saved a
-        tower that is never trained too)."""
-        tensors, meta = load_checkpoint(path) or ({}, {})
-        state = _under(tensors, "model.")
-        if state.keys() != self.model.state_dict().keys():
+        """Go on where `path` was saved, if it was."""
+        found = load_checkpoint(path)
+        if found is None:
             return
-        self.model.load_state_dict(state)
+        tensors, meta = found
+        self.model.load_state_dict(_under(tensors, "model."))
         restore_optimizer(self.optimizer, tensors)
         if meta["scaler"]:
             self.scaler.load_state_dict(meta["scaler"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..runtime.progress import Progress, silent
 from .clip import has_named_weights
 from .models import Classifier, build_classifier, load_classifier
-from .train import pays_to_keep, predict, tower_features
+from .train import FEATURES, predict, tower_features
 
 
 @dataclass
@@ -43,23 +43,20 @@ class Towers:
         if has_named_weights(arch) and arch not in self._first:
             self.build(arch, num_classes, image_size)
         like = self._first.get(arch)
-        model = load_classifier(path, like).to(self.device)
-        if like is not None:
-            model.tower = like.tower
-        return model
+        return load_classifier(path, like, share=like is not None).to(self.device)
 
     def features(
         self, model: Classifier, images: Tensor, precision: str = "fp32",
         progress: Progress = silent,
     ) -> Tensor:  # fmt: skip
-        """`tower_features`; those of a tower that is held are asked for once."""
+        """`tower_features`; those of a tower that is held are asked for once, up to `FEATURES`."""
         first = self._first.get(model.arch)
         if first is None or first.tower is not model.tower:
             return tower_features(model, images, precision, progress)
         key = id(model.tower), id(images), precision
         if key not in self._seen:
             found = tower_features(model, images, precision, progress)
-            if not pays_to_keep(model, len(images), len(images)):
+            if sum(kept.nbytes for _, kept in self._seen.values()) + found.nbytes > FEATURES:
                 return found
             self._seen[key] = images, found
         return self._seen[key][1]

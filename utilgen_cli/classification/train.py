@@ -169,24 +169,27 @@ def train_classifier(
     (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
     for image by image. `together`: all processes under torchrun train this one model, each on its
     share of every batch (batch norm sees the share, but for synchronised one on GPUs). Where a head
-    alone learns and nothing augments, an image goes through the tower once (`see`: by default
-    `tower_features`).
+    alone learns and nothing augments, it learns from features, if that pays (`pays_to_keep`):
+    `see`, by default `tower_features`, finds them. Not `together`.
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)  # as `to_float` makes the images
     rank, processes = world() if together else (0, 1)
+    keeper = Keeper(checkpoint, device, together)
     learner: nn.Module = model
     validation = validation if config.validate_every else None
     count, asked = len(data) + (len(mix) if mix else 0), config.steps * config.batch_size
     if not together and config.augmentation == "none" and pays_to_keep(model, count, asked):
         learner = model.head
 
-        def seen(some: LabelledImages) -> LabelledImages:
-            features = (see or tower_features)(model, some.images, config.precision, progress)
-            return replace(some, images=features)
+        def seen(some: LabelledImages, precision: str) -> LabelledImages:
+            return replace(
+                some, images=(see or tower_features)(model, some.images, precision, progress)
+            )
 
-        data, mix, validation = seen(data), mix and seen(mix), validation and seen(validation)
+        data, mix = seen(data, config.precision), mix and seen(mix, config.precision)
+        validation = validation and seen(validation, "fp32")  # as `predict` is asked
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed("noise", seed))  # of dropout and its like
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -198,7 +201,6 @@ def train_classifier(
             workers, rank, processes,
         )  # fmt: skip
         best = _Best(training, validation)
-        keeper = Keeper(checkpoint, device, together)
         with signals.deferred() if checkpoint else nullcontext(), loader_errors():
             _take_steps(training, batches, best, keeper, config, progress)
     selected = best.restore(config.steps)
@@ -272,7 +274,8 @@ class _Best:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Logits [N, C] (CPU, fp32) of uint8 images [N, 3, S, S]; the model is put in eval mode."""
+    """Logits [N, C] (CPU, fp32) of uint8 images [N, 3, S, S], or by a head of features [N, D]; the
+    model is put in eval mode."""
     return _in_batches(model, model, images, batch_size)
 
 

@@ -28,6 +28,7 @@ CONDITIONS = (  # of a U-Net, which a prompt does not give: SDXL's, upscalers', 
     "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim",
     "time_cond_proj_dim",
 )  # fmt: skip
+ADVICE = "Name a diffusers directory of Stable Diffusion 1.x or 2.x."
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -78,7 +79,7 @@ def _from_hub(hub_id: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
-        check_unet(Path(fetch(allow_patterns=configs)), hub_id)  # before gigabytes of weights
+        _check_kind(Path(fetch(allow_patterns=configs)), hub_id)  # before gigabytes of weights
         path = Path(fetch(allow_patterns=patterns))
         if others := _other_weights(path):
             path = Path(fetch(allow_patterns=patterns + others))
@@ -87,6 +88,13 @@ def _from_hub(hub_id: str) -> Path:
         if cached is not None and not _other_weights(cached):
             return cached  # another tool left half precision, and nobody has more
         raise _not_fetched(hub_id, error) from None
+
+
+def _check_kind(path: Path, hub_id: str) -> None:
+    if not (path / "unet" / "config.json").exists():  # what a broken fetch left looks the same
+        why = "has no unet/, or is not here whole and the hub cannot be reached"
+        raise NoInput(f"model {hub_id}", why, "Name a Stable Diffusion 1.x or 2.x.")
+    check_unet(path, hub_id)
 
 
 def _not_fetched(hub_id: str, error: Exception) -> NoInput:
@@ -136,17 +144,12 @@ def first_line(error: BaseException, otherwise: str) -> str:
 def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
     """Load one component; anything that the library says about it becomes one line."""
     if not (path / folder).is_dir():
-        raise _lacks(str(path), folder)
+        raise NoInput(f"model {path}", f"has no {folder}/", ADVICE)
     try:
         with offline():
             return load(path / folder)
     except Exception as error:  # the libraries raise whatever the file makes them stumble on
         raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
-
-
-def _lacks(name: str, folder: str) -> NoInput:
-    advice = "Name a diffusers directory of Stable Diffusion 1.x or 2.x."
-    return NoInput(f"model {name}", f"has no {folder}/", advice)
 
 
 def weights_variant(path: Path, folder: str) -> str | None:
@@ -184,16 +187,13 @@ def load_weights(path: Path, folder: str, kind: Any, **options: Any) -> Any:
 
 def check_unet(path: Path, name: str) -> None:
     """BadInput where the U-Net's configuration says that it takes more than a prompt and the noise
-    of latents, NoInput where there is none; what cannot be read is told when it is loaded."""
-    file = path / "unet" / "config.json"
-    if not file.exists():
-        raise _lacks(name, "unet")
+    of latents; what cannot be read is told when it is loaded."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads((path / "unet" / "config.json").read_text())
         takes = {key: config.get(key) for key in CONDITIONS}
         takes["in_channels"] = config.get("in_channels", 4)
         out_channels = config.get("out_channels", 4)
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return
     if takes["in_channels"] == out_channels:  # 9 and 4 to inpaint, 8 to edit, 7 to upscale
         del takes["in_channels"]

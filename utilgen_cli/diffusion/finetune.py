@@ -111,14 +111,15 @@ class Finetuning:
         self.lost = 0  # steps in a row whose loss was not finite
 
     def advance(self) -> Figures | None:
-        """One optimiser step; the figures of its batch. None: a stop signal came between its parts,
-        and the step is to be begun anew."""
+        """One optimiser step; the figures of its batch. None: a stop signal came between its parts
+        (of several processes none looks, since all would wait for it), and it is to be begun anew.
+        """
         step, config = self.result.steps, self.config
         rows, draw = self._global_batch(step)
         mine = torch.arange(len(rows))[self.rank :: self.processes]
         figures: list[dict[str, Tensor]] = []
         for part in mine.split(config.batch_size):
-            if figures and distributed.stop_anywhere(self.device):
+            if figures and self.processes == 1 and signals.stop_requested():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             with autocast(self.device, self.objective.dtype):
@@ -265,7 +266,7 @@ def finetune(
     run = Finetuning(objective, config)
     if checkpoint is not None:
         run.resume(checkpoint, fingerprint)
-    if run.result.steps == 0:
+    if run.result.steps == 0 and not run.result.history:
         run.look()
     saved, wait = time.monotonic(), SAVE_EVERY
     with progress(description, config.steps) as task, signals.deferred():

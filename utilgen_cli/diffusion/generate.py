@@ -140,7 +140,7 @@ class Generator:
             fuse_adapters(self.model)
             self._encode()
         if self.policy is None:
-            self.model.refuse_cut(self.prompts)
+            self.model.refuse_cut(self.prompts, config.prompt)
         self._refuse_non_finite()
         prefer_channels_last(self.model)
         if config.compile:

@@ -94,17 +94,20 @@ class LatentDiffusion:
         )  # fmt: skip
         return encoded.input_ids.to(self.device)
 
-    def refuse_cut(self, prompts: Sequence[str]) -> None:
-        """UsageError where two prompts are the same, since what differs in them is cut off."""
-        first: dict[tuple[int, ...], str] = {}
-        for prompt, ids in zip(prompts, self.token_ids(prompts).tolist(), strict=True):
-            other = first.setdefault(tuple(ids), prompt)
-            longest = self.tokenizer.model_max_length
+    def refuse_cut(self, prompts: Sequence[str], template: str | None = None) -> None:
+        """UsageError where a prompt says nothing of its class, or what another's says, since the
+        rest is cut off. `template`: what the prompts were made of, by default the model's."""
+        unnamed = (template or self.template).replace("{}", "")
+        blank, *found = map(tuple, self.token_ids([unnamed, *prompts]).tolist())
+        longest, first = self.tokenizer.model_max_length, {blank: unnamed}
+        for prompt, ids in zip(prompts, found, strict=True):
+            other = first.setdefault(ids, prompt)
             if other != prompt and len(self.tokenizer(prompt).input_ids) > longest:
-                why = f"is the same for two classes within {longest} tokens"
+                why = "is the same for two classes" if other != unnamed else "comes to no class"
                 raise UsageError(
-                    f"prompt {prompt[:40]!r}...", why, "Shorten --prompt, or the names."
-                )
+                    f"prompt {prompt[:40]!r}...", f"{why} within {longest} tokens",
+                    "Shorten --prompt, or the names.",
+                )  # fmt: skip
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [P, L, D], as StableDiffusionPipeline.encode_prompt makes them."""
