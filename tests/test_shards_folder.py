@@ -142,6 +142,17 @@ def test_what_is_hidden_inside_a_class_is_not_packed(tmp_path: Path) -> None:
     assert names(list_images(hidden)) == ["1.png"]
 
 
+def test_a_linked_folder_is_read_and_read_once(tmp_path: Path) -> None:
+    """A class may be put together of links, and links may lead around."""
+    photos(tmp_path / "elsewhere", "more/2.png", "more/3.png")
+    photos(tmp_path / "photos", "cat/1.png", "cat/inner/4.png")
+    cat = tmp_path / "photos" / "cat"
+    (cat / "linked").symlink_to(tmp_path / "elsewhere" / "more")
+    (cat / "inner" / "up").symlink_to(cat)
+    (cat / "twice").symlink_to(cat / "inner")
+    assert names(list_images(tmp_path / "photos")) == ["1.png", "4.png", "2.png", "3.png"]
+
+
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
     photos(tmp_path, "cat/album.jpg/1.png", "cat/2.png")
     assert names(list_images(tmp_path)) == ["2.png", "1.png"]

@@ -117,13 +117,16 @@ def _from_folder(folder: Path, own: Path | None, ignored: Counter[str]) -> dict[
 
 
 def _files(directory: Path, own: Path | None) -> Iterator[Path]:
-    """All files below that neither are hidden nor lie in a hidden folder or in `own`."""
-    for place, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if Path(place).resolve() == own:
+    """All files below that neither are hidden nor lie in a hidden folder or in `own`; a folder that
+    links lead to again is read once."""
+    seen = {own}
+    for place, folders, names in os.walk(directory, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (here := Path(place).resolve()) in seen:
             folders.clear()
-        else:
-            yield from (Path(place, name) for name in names if not name.startswith("."))
+            continue
+        seen.add(here)
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _class_name(directory: Path) -> str:
