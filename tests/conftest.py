@@ -31,6 +31,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def make_sample(number: int, label: int = 0, size: int = 8, **facts: object) -> Sample:

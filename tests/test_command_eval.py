@@ -18,11 +18,9 @@ from utilgen_cli.commands.evaluate_options import named, open_inputs, read_value
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 from .classification_toys import colour_images, shards_of
-from .conftest import ROOT, Run
+from .conftest import ROOT, TORCHRUN, Run
 
 CLIP = ROOT / "utilgen_cli" / "tiny" / "open_clip"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", "2", "-m", "utilgen_cli"]  # fmt: skip
 
 
 @pytest.fixture
@@ -75,10 +73,11 @@ def test_a_stopped_evaluation_exits_75_and_goes_on(sets: list[str], tmp_path: Pa
 
 
 def test_two_processes_share_the_runs_and_make_the_same_table(
-    utilgen: Run, sets: list[str], tmp_path: Path
+    utilgen: Run, commands: Path, sets: list[str], tmp_path: Path
 ) -> None:
     options = ["eval", *sets, "--steps", "3", "--seeds", "3", "--json", "-o"]
-    both = subprocess.run([*TORCHRUN, *options, "two"], cwd=tmp_path, capture_output=True)
+    command = [*TORCHRUN, "--no-python", commands / "utilgen", *options, "two"]
+    both = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert both.returncode == 0, both.stderr.decode()
     one, two = json.loads(utilgen(*options, "one").stdout), json.loads(both.stdout)
     for found in (one, two):
@@ -90,12 +89,13 @@ def test_two_processes_share_the_runs_and_make_the_same_table(
 
 
 def test_two_processes_train_one_classifier_as_one_does(
-    utilgen: Run, sets: list[str], tmp_path: Path
+    utilgen: Run, commands: Path, sets: list[str], tmp_path: Path
 ) -> None:
     """With --data-parallel each takes half of every batch; no batch norm here, which sees parts."""
     options = ["eval", *sets, "--arch", f"open_clip-lora:{CLIP}", "--batch-size", "9",
                "--augment", "crop", "--steps", "4", "--seeds", "1", "--json", "-o"]  # fmt: skip
-    command = [*TORCHRUN, *options, "two", "--data-parallel"]
+    program = [commands / "utilgen", *options, "two", "--data-parallel"]
+    command = [*TORCHRUN, "--no-python", *program]
     both = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert both.returncode == 0, both.stderr.decode()
     utilgen(*options, "one", "--workers", "1")

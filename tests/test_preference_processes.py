@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import ROOT, Run, tar_bytes
+from .conftest import ROOT, TORCHRUN, Run, tar_bytes
 from .random_bundle import make_bundle
 from .test_preference_training import LORA, pairs
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS = ["--steps", "3", "--lr", "1e-3", "--warmup", "0", "--beta", "10", "--loss"]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize(("loss", "started"), [("dpo", True), ("kto", False)])
 def test_two_processes_equal_one_with_the_doubled_batch(
-    utilgen: Run, tmp_path: Path, loss: str
+    utilgen: Run, commands: Path, tmp_path: Path, loss: str, started: bool
 ) -> None:
+    """Once with all that starting is, once by processes that have it behind them."""
+    program = ["-m", "utilgen_cli"] if started else ["--no-python", commands / "utilgen"]
     bundle = make_bundle(tmp_path / "bundle")
     (tmp_path / "pairs.tar").write_bytes(tar_bytes(pairs(12)))
     command = ["dpo", "pairs.tar", "-m", str(bundle), *OPTIONS, loss]
     utilgen(*command, "--batch-size", "8", "-o", "one")
     both = subprocess.run(
-        [*TORCHRUN, "-m", "utilgen_cli", *command, "--batch-size", "4", "-o", "two"],
+        [*TORCHRUN, *program, *command, "--batch-size", "4", "-o", "two"],
         cwd=tmp_path, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert both.returncode == 0, both.stderr.decode()
