@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -156,12 +155,12 @@ def test_a_model_that_changed_under_its_name_is_another_one(
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(
-    utilgen: Run, bundle: Path, tmp_path: Path
+    utilgen: Run, commands: Path, bundle: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.tar").write_bytes(tar_bytes(pairs(16)))
     arguments = ["dpo", "pairs.tar", "-m", str(bundle), "--steps", "60", "--batch-size", "2"]
     utilgen(*arguments, "-o", "whole")
-    command = [sys.executable, "-m", "utilgen_cli", *arguments, "-o", "stopped"]
+    command = [commands / "utilgen", *arguments, "-o", "stopped"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while "dpo: 0/60" not in process.stderr.readline():

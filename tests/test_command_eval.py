@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -52,8 +51,10 @@ def test_a_smoke_run_looks_at_validation_too(utilgen: Run, sets: list[str]) -> N
     assert found["protocol"]["train"]["steps"] == 10
 
 
-def test_a_stopped_evaluation_exits_75_and_goes_on(sets: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "utilgen_cli", "eval", *sets, "--steps", "5", "--seeds", "40",
+def test_a_stopped_evaluation_exits_75_and_goes_on(
+    commands: Path, sets: list[str], tmp_path: Path
+) -> None:
+    command = [commands / "utilgen", "eval", *sets, "--steps", "5", "--seeds", "40",
                "-o", "runs"]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
