@@ -262,6 +262,27 @@ def test_elsewhere_a_stop_signal_ends_the_command_at_once(
 
 
 @pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_library_that_makes_an_error_of_a_stop_does_not_hide_it(
+    listening: None, number: int, error: type[BaseException]
+) -> None:
+    """As safetensors does, and diffusers of that."""
+    with pytest.raises(error), signals.running("test"):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except BaseException:
+            raise OSError("Unable to load weights from checkpoint file") from None
+
+
+def test_an_error_after_a_signal_that_waits_is_told(listening: None) -> None:
+    with pytest.raises(OSError, match="disk full"), signals.running("test"), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("disk full")
+
+
+@pytest.mark.parametrize(
     ("script", "code"),
     [
         ("os.kill(me, 15); time.sleep(0.5); os.kill(me, 15); time.sleep(60)", 75),

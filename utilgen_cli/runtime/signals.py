@@ -32,6 +32,7 @@ _command: list[str] = []
 _unkept: list[str | None] = []  # of the command: what to do where a stopped run keeps nothing
 _deferrals: list[None] = []
 _saving: list[None] = []
+_raised: list[int] = []  # signals that met the run where they raise
 
 
 class Interrupted(BaseException):
@@ -114,6 +115,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if not _command:
         leave(number, "nothing was under way")
     if not _deferrals and len(_received) == 1:
+        _raised.append(number)
         raise Interrupted
 
 
@@ -121,7 +123,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def running(command: str, lost: str | None = None) -> Iterator[None]:
     """While `command` runs; a signal becomes KeyboardInterrupt (INT) or `Stopped`.
 
-    `lost` says what to do, where nothing is kept of a run that is stopped.
+    `lost` says what to do, where nothing is kept of a run that is stopped. What a library makes of
+    a signal that met it (compiled code turns it into an error of its own) is the stop as well.
     """
     _command.append(command)
     _unkept.append(lost)
@@ -129,7 +132,12 @@ def running(command: str, lost: str | None = None) -> Iterator[None]:
         yield
     except Interrupted:
         check()
+    except Exception:
+        if _raised:
+            check()
+        raise
     finally:
+        _raised.clear()
         _command.remove(command)
         _unkept.pop()
 
