@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,36 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype)
 
 
+def pays_to_keep(model: Classifier, count: int, asked: int) -> bool:
+    """Whether the features of `count` images shall be kept: the tower is never trained, so many or
+    more are asked for in all, and they take no more than `FEATURES`."""
+    small = count * model.head.in_features * 4 <= FEATURES
+    return has_common_tower(model.arch) and count <= asked and small
+
+
+def tower_features(
+    model: Classifier, images: Tensor, precision: str = "fp32", progress: Progress = silent
+) -> Tensor:
+    """`extract_features` in this precision, with progress. The batches are always the same, so that
+    a run that goes on finds the same."""
+    found = []
+    with progress("features", len(images)) as task:
+        for part in images.split(256):
+            with autocast(next(model.parameters()).device, precision):
+                found.append(extract_features(model, part))
+            task.advance(len(part))
+    return torch.cat(found)
+
+
+Sight = Callable[[Classifier, Tensor, str, Progress], Tensor]
+
+
+def _seen(
+    model: Classifier, see: Sight, progress: Progress, data: LabelledImages, precision: str
+) -> LabelledImages:
+    return replace(data, images=see(model, data.images, precision, progress))
+
+
 def train_classifier(
     model: Classifier,
     data: LabelledImages,
@@ -158,7 +189,7 @@ def train_classifier(
     checkpoint: Path | None = None,
     workers: int = 0,
     together: bool = False,
-    see: Callable[[Classifier, Tensor, str, Progress], Tensor] | None = None,
+    see: Sight = tower_features,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
@@ -169,8 +200,8 @@ def train_classifier(
     (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
     for image by image. `together`: all processes under torchrun train this one model, each on its
     share of every batch (batch norm sees the share, but for synchronised one on GPUs). Where a head
-    alone learns and nothing augments, it learns from features, if that pays (`pays_to_keep`):
-    `see`, by default `tower_features`, finds them. Not `together`.
+    alone learns and nothing augments, it learns from features, which `see` finds, if that pays
+    (`pays_to_keep`). Not `together`.
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
@@ -181,13 +212,7 @@ def train_classifier(
     validation = validation if config.validate_every else None
     count, asked = len(data) + (len(mix) if mix else 0), config.steps * config.batch_size
     if not together and config.augmentation == "none" and pays_to_keep(model, count, asked):
-        learner = model.head
-
-        def seen(some: LabelledImages, precision: str) -> LabelledImages:
-            return replace(
-                some, images=(see or tower_features)(model, some.images, precision, progress)
-            )
-
+        learner, seen = model.head, partial(_seen, model, see, progress)
         data, mix = seen(data, config.precision), mix and seen(mix, config.precision)
         validation = validation and seen(validation, "fp32")  # as `predict` is asked
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -283,27 +308,6 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
 def extract_features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Penultimate features [N, D] (CPU, fp32) of uint8 images [N, 3, S, S]."""
     return _in_batches(model, model.features, images, batch_size)
-
-
-def pays_to_keep(model: Classifier, count: int, asked: int) -> bool:
-    """Whether the features of `count` images shall be kept: the tower is never trained, so many or
-    more are asked for in all, and they take no more than `FEATURES`."""
-    small = count * model.head.in_features * 4 <= FEATURES
-    return has_common_tower(model.arch) and count <= asked and small
-
-
-def tower_features(
-    model: Classifier, images: Tensor, precision: str = "fp32", progress: Progress = silent
-) -> Tensor:
-    """`extract_features` in this precision, with progress. The batches are always the same, so that
-    a run that goes on finds the same."""
-    found = []
-    with progress("features", len(images)) as task:
-        for part in images.split(256):
-            with autocast(next(model.parameters()).device, precision):
-                found.append(extract_features(model, part))
-            task.advance(len(part))
-    return torch.cat(found)
 
 
 def _in_batches(model: nn.Module, call: Any, images: Tensor, batch_size: int) -> Tensor:
