@@ -75,7 +75,7 @@ def test_influence_ranks_samples_as_adding_them_does() -> None:
     gradient = inf.residuals((hv @ base.T).softmax(1), yv).T @ hv / 90
     diagonal = float((p * (1 - p)).sum(1).dot(h.square().sum(1)) / (60 * 15))
     s = inf.solve_hessian(h, p, gradient, decay / diagonal)
-    predicted = inf.influence(candidates, hc @ base.T, labels, s)
+    predicted = inf.of_labels(inf.influence_parts(candidates, hc @ base.T, s), labels)
     before = F.cross_entropy(hv @ base.T, yv)
     drops = []
     for i in range(24):  # really add the sample, with a small weight

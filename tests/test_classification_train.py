@@ -31,7 +31,6 @@ from utilgen_cli.classification.train import (
     preset,
     synchronise_batch_norm,
     train_classifier,
-    weighted_loss,
 )
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import Stopped, UsageError
@@ -72,34 +71,13 @@ def test_every_set_is_trained_on_for_the_same_number_of_steps() -> None:
         assert calls == [12] * 12
 
 
-def test_samples_of_weight_zero_do_not_count() -> None:
-    logits = torch.randn(6, 3, requires_grad=True)
-    y, w = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1.0, 0, 2, 0, 0, 1])
-    [gradient] = torch.autograd.grad(weighted_loss(logits, y, w), logits)
-    p = logits.detach().softmax(1) - torch.nn.functional.one_hot(y, 3)
-    torch.testing.assert_close(gradient, p * (w / w.sum())[:, None])
-
-
-def test_weights_can_silence_wrong_labels() -> None:
-    data, weights = colour_images(8), torch.ones(24)
-    data.labels[::2] = (data.labels[::2] + 1) % 3
-    weights[::2] = 0
-    test, found = colour_images(20, seed=9), []
-    for w in (weights, None):
-        model = build_classifier("small-cnn", 3, 16)
-        config = TrainConfig(steps=60, batch_size=12)
-        train_classifier(model, data, config, seed=0, weights=w)
-        found.append(accuracy(predict(model, test.images), test.labels))
-    assert found[0] > 0.95 > found[1]
-
-
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_joint_batch_has_the_real_share_that_was_asked_for(share: float) -> None:
     real, synthetic = colour_images(4), colour_images(9)
     real.images.fill_(10)
     synthetic.images.fill_(200)
     config = TrainConfig(batch_size=12, augmentation="none", real_share=share)
-    for _, (x, _, _) in zip(range(4), Batches(real, config, 0, mix=synthetic), strict=False):
+    for _, (x, _) in zip(range(4), Batches(real, config, 0, mix=synthetic), strict=False):
         assert x.shape[0] == 12
         assert (x[:, 0, 0, 0] < 0.5).sum() == round(12 * share)
 
@@ -225,7 +203,7 @@ def test_workers_augment_the_same_images(name: str) -> None:
     """Other numbers of workers, and a start in the middle: the same batches, bit for bit."""
     config, data = TrainConfig(batch_size=6, augmentation=name), colour_images(8, size=18)
     drawn = [
-        [x for x, _, _ in islice(Batches(data, config, 3, start=start, size=16, workers=n), 4)]
+        [x for x, _ in islice(Batches(data, config, 3, start=start, size=16, workers=n), 4)]
         for n, start in ((0, 0), (2, 0), (1, 2))
     ]
     assert all(x.shape == (6, 3, 16, 16) for x in drawn[0])
@@ -300,7 +278,7 @@ def test_a_shift_mirrors_nothing() -> None:
     data = colour_images(8)
     data.images = torch.arange(0, 160, 10, dtype=torch.uint8).expand(24, 3, 16, 16)
     for name, mirrors in (("shift", False), ("pad", True), ("none", False)):
-        x, _, _ = next(iter(Batches(data, TrainConfig(batch_size=24, augmentation=name), 0)))
+        x, _ = next(iter(Batches(data, TrainConfig(batch_size=24, augmentation=name), 0)))
         falls = (x[:, 0, 8, 4:12].diff() < 0).any(1)
         assert falls.any() == mirrors
 
@@ -309,7 +287,7 @@ def test_a_shift_mirrors_nothing() -> None:
 def test_images_and_classifier_have_their_channels_last(augmentation: str) -> None:
     model, last = build_classifier("small-cnn", 3, 16), torch.channels_last
     config = TrainConfig(steps=1, batch_size=4, augmentation=augmentation)
-    x, _, _ = next(iter(Batches(colour_images(4), config, 0, size=16)))
+    x, _ = next(iter(Batches(colour_images(4), config, 0, size=16)))
     train_classifier(model, colour_images(4), config, seed=0)
     assert x.is_contiguous(memory_format=last)
     assert all(p.is_contiguous(memory_format=last) for p in model.parameters() if p.ndim == 4)

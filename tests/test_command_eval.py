@@ -131,6 +131,7 @@ def test_inputs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_inputs(real, [f"a={real}"], None, real, [f"x={real}"])
     with pytest.raises(NoInput, match="utilgen value train"):
         read_value(tmp_path)
-    (tmp_path / "value.json").write_text("{")
-    with pytest.raises(BadInput):
-        read_value(tmp_path)
+    for broken in ("{", "[]", '{"format": 1, "canary": {"auroc": "high"}}'):
+        (tmp_path / "value.json").write_text(broken)
+        with pytest.raises(BadInput, match="not a value model"):
+            read_value(tmp_path)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from utilgen_cli.diffusion import ddim
 from utilgen_cli.diffusion.adapters import LORA_WEIGHTS, fuse_adapters
 from utilgen_cli.diffusion.bundle import parse_classes, read_defaults
-from utilgen_cli.diffusion.load import LatentDiffusion, class_names, class_prompts, load_model
+from utilgen_cli.diffusion.load import LatentDiffusion, class_prompts, load_model
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 from .random_bundle import CLASSES, SIZE, make_bundle, make_pipeline, make_unet
@@ -99,8 +99,6 @@ def test_a_bundle_brings_its_defaults(bundle: Path) -> None:
 def test_a_bundle_without_defaults_takes_its_size_from_the_unet(tmp_path: Path) -> None:
     model = load_model(str(make_bundle(tmp_path, defaults=False)))
     assert (model.size, model.steps, model.guidance_scale) == (SIZE, 25, 7.5)
-    with pytest.raises(UsageError, match="names no classes"):
-        class_names(model, None)
 
 
 def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
@@ -126,11 +124,9 @@ def test_images_are_encoded_to_scaled_latents_of_the_posterior(bundle: Path) -> 
     posterior = model.vae.encode(images * 2 - 1).latent_dist
     scale = model.vae.config.scaling_factor
     assert torch.allclose(model.encode_images(images), posterior.mode() * scale)
-    draws = [model.encode_images(images, torch.Generator().manual_seed(i)) for i in range(400)]
-    spread = torch.stack(draws).std(0)
-    assert torch.allclose(spread, posterior.std * scale, rtol=0.25)
-    decoded = (model.vae.decode(draws[0] / scale).sample / 2 + 0.5).clamp(0, 1)
-    assert torch.allclose(model.decode(draws[0]), decoded)
+    drawn = posterior.sample(torch.Generator().manual_seed(0)) * scale
+    decoded = (model.vae.decode(drawn / scale).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(model.decode(drawn), decoded)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from utilgen_cli.diffusion.inversion import (
     class_name_embeds,
     invert_tokens,
 )
-from utilgen_cli.diffusion.load import LatentDiffusion, class_names, class_prompts, load_model
+from utilgen_cli.diffusion.load import LatentDiffusion, class_prompts, load_model
 from utilgen_cli.diffusion.lora import TEXT_TARGETS, UNET_TARGETS, add_lora
 from utilgen_cli.diffusion.prompts import PromptEmbeds, TokenEmbeds
 from utilgen_cli.diffusion.tokens import class_folder, load_tokens, read_index, save_tokens
@@ -140,14 +140,6 @@ def test_broken_tokens_are_bad_input(tmp_path: Path, damage: Any) -> None:
 def test_tokens_of_another_model_are_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="were not made for model"):
         load_model(str(bundle), tokens=make_tokens(tmp_path, 1, width=WIDTH + 1))
-
-
-def test_the_tokens_name_the_classes(bundle: Path, tmp_path: Path) -> None:
-    tokens = make_tokens(tmp_path, 1)
-    model = load_model(str(bundle), tokens=tokens)
-    assert class_names(model, tokens) == CLASSES
-    with pytest.raises(UsageError, match="differ"):
-        class_names(model, tokens, ["cat", "dog", "cow"])
 
 
 # --- learning ---

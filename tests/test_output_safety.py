@@ -21,7 +21,7 @@ from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.ranks import world
 from utilgen_cli.shards.check import check_shards
 from utilgen_cli.shards.folder import list_images
-from utilgen_cli.shards.operands import expand_braces, open_source, parse_part
+from utilgen_cli.shards.operands import open_source, parse_part
 from utilgen_cli.shards.quarantine import Quarantine
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
@@ -72,7 +72,8 @@ def test_emptying_may_be_killed(
         OutputDirectory(out, "x", {}, overwrite=True).__enter__().__exit__(None, None, None)
     assert (out / "done.json").exists() == (removed == 0)
     if removed == 2:
-        assert [row["why"] for row in check_shards([out]).broken] == ["it is gone"]
+        for operand in (out, tmp_path / "{out,in}"):
+            assert [row["why"] for row in check_shards([operand]).broken] == ["it is gone"]
     with OutputDirectory(out, "x", {}, overwrite=True):
         assert [p.name for p in out.iterdir() if p.name[0] != "."] == ["settings.json"]
 
@@ -197,7 +198,6 @@ def test_parts_of_arrays_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ID", "6"), ("MIN", "2"), ("STEP", "2"), ("COUNT", "5")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert parse_part("slurm") == (2, 5)
-    assert expand_braces("{2..0}") == ["2", "1", "0"]
     with pytest.raises(UsageError, match="a pipe has none"):
         open_source(["-"]).part("0/2")
     monkeypatch.setenv("RANK", "abc")

@@ -225,6 +225,14 @@ def test_agreement_pairs_what_is_seen_as_its_class_with_what_is_not() -> None:
     assert not alike and "sees all of its samples" in report.classes[0].why_none
 
 
+@pytest.mark.parametrize("features", [[1.0, 2.0], "!", {"a": 1}])
+def test_features_of_another_kind_are_bad_input(features: object) -> None:
+    score = {"utility": 0.5, "features": features}
+    odd = scored("a", 0.5).with_member("utility.json", encode_json(score))
+    with pytest.raises(BadInput, match="not those of the others"):
+        pair([odd, scored("b", 0.6)], strategy="nearest", match="value", quantile=0.5)
+
+
 def test_agreement_needs_to_know_what_was_predicted() -> None:
     bare = scored("a", 0.5).with_member("utility.json", encode_json({"utility": 0.5}))
     with pytest.raises(BadInput, match="which class was predicted"):
@@ -321,7 +329,7 @@ def test_a_parquet_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("utility", [None, "0.5", True, [1]])
+@pytest.mark.parametrize("utility", [None, "0.5", True, [1], 10**400])
 def test_what_is_no_number_is_bad_input(utility: object) -> None:
     bad = scored("a", 0.5).with_member("utility.json", encode_json({"utility": utility}))
     with pytest.raises(BadInput, match="not a number"):

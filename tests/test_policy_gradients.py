@@ -242,7 +242,7 @@ def test_steps_without_gradient_hold_no_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "some", "last", "last:0", "random:x", "x0", "x0:3", "last:-1"]
+    "text", ["", "some", "last", "last:0", "last:²", "random:x", "x0", "x0:3", "last:-1"]
 )
 def test_a_wrong_grad_steps_is_a_usage_error(text: str) -> None:
     """It says what would be right."""

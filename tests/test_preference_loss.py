@@ -24,8 +24,6 @@ from utilgen_cli.diffusion.preference import (
     lora_denoisers,
 )
 from utilgen_cli.diffusion.preference_loss import (
-    beta_from_paper,
-    beta_from_public,
     beta_to_public,
     diffusion_target,
     dpo_loss,
@@ -228,9 +226,8 @@ def test_public_scripts_agree_under_their_own_beta(w: float, l: float, beta: flo
         assert float(ours) == pytest.approx(public, rel=1e-9, abs=1e-12)
 
 
-def test_conversions_of_beta() -> None:
-    assert beta_from_public(5000) == 2500 and beta_to_public(beta_from_public(7.0)) == 7.0
-    assert beta_from_paper(0.001, 1000, 1.0, 4 * 64 * 64) == pytest.approx(16384)
+def test_ours_of_2500_is_the_authors_5000() -> None:
+    assert beta_to_public(2500.0) == 5000.0
 
 
 @given(errors, errors, st.floats(1, 100))

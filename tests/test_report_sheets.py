@@ -70,7 +70,7 @@ def test_the_highest_and_lowest_are_those_of_a_sort(
         for i, (c, u) in enumerate(items)
     ]
     for sheet in collect(samples, limit):
-        own = [s for s in samples if s.label == sheet.label]
+        own = [s for s in samples if s.label == int(sheet.name)]
         assert sheet.count == len(own)
         ascending = sorted(own, key=lambda s: s.parsed("utility.json")["utility"])  # stable
         descending = sorted(own, key=lambda s: -s.parsed("utility.json")["utility"])

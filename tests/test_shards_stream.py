@@ -276,6 +276,15 @@ def test_operands(tmp_path: Path) -> None:
     assert expand_braces("x/{008..011}.tar") == [f"x/{i:03d}.tar" for i in range(8, 12)]
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["{a,b{1,2}}.tar", "run{1}/{000..002}.tar", "a{1..010}.tar", "{a..c}.tar", "x{.tar", "{2..0}"],
+)
+def test_braces_are_expanded_as_bash_expands_them(pattern: str) -> None:
+    echo = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, check=True)
+    assert expand_braces(pattern) == echo.stdout.decode().split()
+
+
 @pytest.mark.parametrize("spec", ["1", "2/2", "-1/2", "x/y", "0/0", "rank"])
 def test_bad_parts_are_refused(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)

@@ -18,7 +18,7 @@ from utilgen_cli.classification.models import build_classifier
 from utilgen_cli.valuation import baselines
 from utilgen_cli.valuation.baselines import JoinedShapley, knn_shapley
 from utilgen_cli.valuation.lookahead import _start, lookahead, lookaheads
-from utilgen_cli.valuation.score import score_samples
+from utilgen_cli.valuation.score import Scorer
 from utilgen_cli.valuation.todv import ValueConfig
 from utilgen_cli.valuation.training import ValueData, train_values
 
@@ -94,7 +94,7 @@ def value(tmp_path_factory):
 def test_validation_points_are_sorted_by_once_for_a_stream(value, monkeypatch):
     made, table = [], JoinedShapley._table
     monkeypatch.setattr(JoinedShapley, "_table", lambda *a: made.append(1) or table(*a))
-    assert len(list(score_samples(as_samples(colours(5, 7)), value, "knn-shapley", 4))) == 15
+    assert len(list(Scorer(value, "knn-shapley", 4)(as_samples(colours(5, 7))))) == 15
     assert len(made) == 1
 
 

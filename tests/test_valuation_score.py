@@ -18,7 +18,7 @@ from utilgen_cli.runtime.errors import BadInput, UsageError
 from utilgen_cli.shards.sample import Sample, encode_json
 from utilgen_cli.valuation import neighbours
 from utilgen_cli.valuation.neighbours import Memory, nearest_others
-from utilgen_cli.valuation.score import Scorer, score_samples
+from utilgen_cli.valuation.score import Scorer
 from utilgen_cli.valuation.select import CANDIDATES, Best, pick_diverse, shares
 from utilgen_cli.valuation.subset import Aside, Waiting, select_samples
 from utilgen_cli.valuation.todv import ValueConfig
@@ -43,7 +43,7 @@ def with_label(sample: Sample, label: int, name: str) -> Sample:
 
 def test_samples_keep_their_order_and_bytes(value):
     samples = [s.with_member("note.txt", b"\x00as it was") for s in as_samples(colours(5, 7))]
-    scored = list(score_samples(iter(samples), value, batch_size=4))
+    scored = list(Scorer(value, batch_size=4)(samples))
     assert [s.key for s in scored] == [s.key for s in samples]
     for before, after in zip(samples, scored, strict=True):
         assert list(after.members) == [*before.members, "utility.json"]
@@ -53,14 +53,14 @@ def test_samples_keep_their_order_and_bytes(value):
 def test_a_class_may_be_named_by_a_number_or_not_at_all(value):
     sample = next(iter(as_samples(colours(1, 7))))
     unnamed = sample.with_member("json", b'{"class_name": null}')
-    assert next(score_samples([unnamed], value)).key == sample.key
+    assert next(Scorer(value)([unnamed])).key == sample.key
     assert sample.with_member("json", b'{"class_name": 7}').facts == {"class_name": "7"}
     assert "class_name" not in unnamed.facts
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_the_same_facts(value, method):
-    sample = next(score_samples(as_samples(colours(1, 7)), value, method))
+    sample = next(Scorer(value, method)(as_samples(colours(1, 7))))
     facts = sample.parsed("utility.json")
     assert sorted(facts) == [
         "disagreement", "features", "loss", "margin", "method", "nearest", "predicted", "probability", "utility",
@@ -94,7 +94,7 @@ def test_wrong_labels_score_below_right_ones(value, method):
     names = ["red", "green", "blue"]
     wrong = [with_label(s, (s.label + 1) % 3, names[(s.label + 1) % 3]) for s in right]
     mean = [
-        sum(s.parsed("utility.json")["utility"] for s in score_samples(part, value, method))
+        sum(s.parsed("utility.json")["utility"] for s in Scorer(value, method)(part))
         for part in (right, wrong)
     ]
     assert mean[0] > mean[1]
@@ -102,7 +102,7 @@ def test_wrong_labels_score_below_right_ones(value, method):
 
 def test_the_batch_size_does_not_change_the_scores(value):
     samples = as_samples(colours(5, 7))
-    one, many = (list(score_samples(samples, value, batch_size=n)) for n in (2, 64))
+    one, many = (list(Scorer(value, batch_size=n)(samples)) for n in (2, 64))
     for a, b in zip(one, many, strict=True):
         facts = a.parsed("utility.json"), b.parsed("utility.json")
         assert facts[0].pop("predicted") == facts[1].pop("predicted")
@@ -114,7 +114,7 @@ def test_the_batch_size_does_not_change_the_scores(value):
 def test_a_copy_is_nearer_than_anything_else(value):
     samples = as_samples(colours(4, 7))
     copy = Sample("copy", samples[5].members)
-    facts = [s.parsed("utility.json") for s in score_samples([*samples, copy], value)]
+    facts = [s.parsed("utility.json") for s in Scorer(value)([*samples, copy])]
     assert facts[-1]["nearest"] < 1e-5 < min(f["nearest"] for f in facts[:-1])
 
 
@@ -152,7 +152,7 @@ def test_people_see_the_row_of_every_class_whatever_it_is_called(capsys):
 def test_another_task_s_classes_are_refused(value, label, name, why):
     sample = with_label(as_samples(colours(1, 7))[0], label, name)
     with pytest.raises(BadInput, match=why):
-        list(score_samples([sample], value))
+        list(Scorer(value)([sample]))
 
 
 @pytest.mark.parametrize("method", ["data-oob", "nonsense"])
@@ -170,7 +170,7 @@ def test_memory_is_flat_in_the_number_of_samples(value):
 
     def peak(n: int) -> int:
         tracemalloc.start()
-        for _ in score_samples(stream(n), value, batch_size=16):
+        for _ in Scorer(value, batch_size=16)(stream(n)):
             pass
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

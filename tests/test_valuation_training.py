@@ -34,7 +34,7 @@ from utilgen_cli.valuation.pool import (
     make_pool,
     pixel_hash,
 )
-from utilgen_cli.valuation.score import score_samples
+from utilgen_cli.valuation.score import Scorer
 from utilgen_cli.valuation.todv import Trajectory, ValueConfig, losses_of
 from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
@@ -182,14 +182,14 @@ def test_known_images_are_judged_by_their_own_fold_alone(trained):
     assert set(folds.tolist()) == {0, 1}
     found = value.judge_pixels(images, labels).loss
     for k in (0, 1):
-        alone = value.only([k]).loss(images[folds == k] / 255, labels[folds == k])
+        alone = value.only([k]).judge(images[folds == k] / 255, labels[folds == k]).loss
         torch.testing.assert_close(found[folds == k], alone)
 
 
 def test_new_images_are_judged_by_all(trained):
     value = load_value(trained)
     new = colours(2, 9)
-    losses = [value.only([k]).loss(new.images / 255, new.labels) for k in (0, 1)]
+    losses = [value.only([k]).judge(new.images / 255, new.labels).loss for k in (0, 1)]
     torch.testing.assert_close(
         value.judge_pixels(new.images, new.labels).loss, torch.stack(losses).mean(0)
     )
@@ -199,12 +199,16 @@ def test_utility_has_the_gradient_of_its_differences(trained):
     value = load_value(trained).double()
     x = torch.rand(2, 3, SIZE := 16, SIZE, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 2])
-    for score in (value.logit, value.utility, value.loss):
-        (gradient,) = torch.autograd.grad(score(x, labels).sum(), x)
+    for name in ("logit", "utility", "loss"):
+
+        def score(images: torch.Tensor, name: str = name) -> torch.Tensor:
+            return getattr(value.judge(images, labels), name)
+
+        (gradient,) = torch.autograd.grad(score(x).sum(), x)
         direction = torch.sign(gradient)
         step = 1e-6 * direction
         with torch.no_grad():
-            slope = (score(x + step, labels) - score(x - step, labels)).sum() / 2e-6
+            slope = (score(x + step) - score(x - step)).sum() / 2e-6
         torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-3, atol=1e-9)
         assert slope > 0
 
@@ -221,7 +225,7 @@ def test_for_a_gradient_the_graph_of_one_member_is_held(trained, monkeypatch):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            logit = value.logit(images, data.labels)
+            logit = value.judge(images, data.labels).logit
         return sum(kept.values()), torch.autograd.grad(logit.sum(), images)[0]
 
     few, gradient = kept_and_gradient()
@@ -244,7 +248,7 @@ def test_a_tower_that_is_never_trained_is_kept_once_and_asked_once(tmp_path, mon
     tower.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     found = value.judge(images, DATA.synthetic.labels, folds)
     assert calls == [len(images)]
-    assert value.loss(images[:0], DATA.synthetic.labels[:0]).shape == (0,)
+    assert value.judge(images[:0], DATA.synthetic.labels[:0]).loss.shape == (0,)
     for snapshot in value.snapshots:
         snapshot.classifiers = torch.nn.ModuleList(copy.deepcopy(c) for c in snapshot.classifiers)
     again = value.judge(images, DATA.synthetic.labels, folds)
@@ -253,7 +257,7 @@ def test_a_tower_that_is_never_trained_is_kept_once_and_asked_once(tmp_path, mon
 
 def test_images_of_any_size_are_judged(trained):
     value = load_value(trained)
-    assert value.utility(torch.rand(2, 3, 40, 40), torch.tensor([0, 1])).shape == (2,)
+    assert value.judge(torch.rand(2, 3, 40, 40), torch.tensor([0, 1])).utility.shape == (2,)
 
 
 def test_an_inverted_model_is_refused_unless_forced(trained, tmp_path):
@@ -366,7 +370,7 @@ def test_real_images_without_names_take_those_of_the_others(tmp_path):
     value = train_values(alone, replace(CONFIG, steps=10), tmp_path / "value")
     assert value.classes == ["0", "1", "2"] and value.unnamed == {0, 1, 2}
     named = as_samples(colours(1, 3))
-    assert len(list(score_samples(named, value))) == 3
+    assert len(list(Scorer(value)(named))) == 3
     assert load_images(open_source(synthetic), 16, value).classes == CLASSES
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 from utilgen_cli.classification.batches import MARGIN, Batch, Batches
 from utilgen_cli.classification.data import load_images
 from utilgen_cli.classification.models import build_classifier
-from utilgen_cli.classification.train import autocast, make_optimizer, preset, weighted_loss
-from utilgen_cli.runtime.device import pick_device
+from utilgen_cli.classification.train import batch_loss, make_optimizer, preset
+from utilgen_cli.runtime.device import DTYPES, autocast, pick_device
 from utilgen_cli.shards.images import decode_many, square
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.sample import Sample
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     optimizer = make_optimizer(model.train(), config)
 
     def step(batch: Batch) -> None:
-        x, y, w = batch
-        with autocast(device, config.precision):
-            loss = weighted_loss(model(x), y, w)
+        x, y = batch
+        with autocast(device, DTYPES[config.precision]):
+            loss = batch_loss(model(x), y, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -34,11 +34,6 @@ class Probe:
     model: Classifier
     reference: Tensor  # features [V, D]
     s: Tensor  # direction of influence [C, D+1]
-    towers: Towers
-
-    def see(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
-        """(features [N, D], logits [N, C])."""
-        return see(self.model, data, self.towers)
 
 
 @torch.no_grad()
@@ -89,8 +84,9 @@ class Analyst:
 
     def _judge(self, synthetic: LabelledImages) -> dict[str, Any]:
         probes = self._load()
-        first = probes[0].see(synthetic)
-        seen = itertools.chain([first], (probe.see(synthetic) for probe in probes[1:]))
+        first, *others = (probe.model for probe in probes)
+        seen_first = see(first, synthetic, self.towers)
+        seen = itertools.chain([seen_first], (see(m, synthetic, self.towers) for m in others))
         votes, a, b = mean_over(
             (z.softmax(1), *influence_parts(x, z, probe.s))
             for probe, (x, z) in zip(probes, seen, strict=True)
@@ -100,7 +96,7 @@ class Analyst:
         return {
             "agreement": (votes.argmax(1) == synthetic.labels).double().mean().item(),
             "distribution": compare(
-                probes[0].reference, self.reference.labels, first[0], synthetic.labels,
+                probes[0].reference, self.reference.labels, seen_first[0], synthetic.labels,
                 f"{arch} trained on {len(self.real)} real images",
             ),
             "influence": influence | {"models": len(probes)},
@@ -118,4 +114,4 @@ class Analyst:
         _calibrate(model, self.reference, self.towers)
         features, logits = see(model, self.reference, self.towers)
         s = direction(see(model, self.real, self.towers), (features, logits, self.reference.labels))
-        return Probe(model, features, s, self.towers)
+        return Probe(model, features, s)

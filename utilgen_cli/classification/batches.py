@@ -31,7 +31,7 @@ CROPPING = ("crop", "trivial", "rand")  # torchvision's, image by image, from mo
 AUGMENTATIONS = (*WHOLE_BATCH, *CROPPING)
 MARGIN = 8 / 7  # stored over trained side, where crops are taken: 256 for 224
 
-Batch = tuple[Tensor, Tensor, Tensor]  # images, labels, weights
+Batch = tuple[Tensor, Tensor]  # images, labels
 Index = list[Tensor]  # the samples of a batch in the real and in the synthetic set
 Transform = Callable[[Tensor], Tensor]
 
@@ -78,7 +78,7 @@ def make_transform(augmentation: str, size: int) -> Transform | None:
 
 @dataclass
 class Batches:
-    """Endless batches of (images in [0, 1], labels, weights).
+    """Endless batches of (images in [0, 1], labels).
 
     With `mix`, round(real_share * batch_size) samples of every batch come from `data`, the rest
     from `mix`; each of the two is walked in its own shuffled epochs. Of `processes` that share a
@@ -88,7 +88,6 @@ class Batches:
     data: LabelledImages
     config: TrainConfig
     seed: int
-    weights: Tensor | None = None  # [len(data)]
     mix: LabelledImages | None = None
 
     start: int = 0  # batches that were had before
@@ -101,7 +100,6 @@ class Batches:
     def __post_init__(self) -> None:
         self.fetch = _Fetch(
             [self.data, *([] if self.mix is None else [self.mix])],
-            self.weights,
             make_transform(self.config.augmentation, self.size or self.data.images.shape[-1]),
             self.seed,
             (self.rank, self.processes),
@@ -109,11 +107,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         share = (self.rank, self.processes, self.config.batch_size)
-        for step, (x, y, w) in enumerate(self._fetched(), self.start):
-            x, y, w = (sent(t, self.device) for t in (x, y, w))
-            images = to_float(x)
+        for step, (x, y) in enumerate(self._fetched(), self.start):
+            images, labels = to_float(sent(x, self.device)), sent(y, self.device)
             draws = torch.Generator().manual_seed(derive_seed("augment", self.seed, step))
-            yield augment_batch(self.config.augmentation, images, draws, share), y, w
+            yield augment_batch(self.config.augmentation, images, draws, share), labels
 
     def _indices(self) -> Iterator[tuple[int, Index]]:
         size = self.config.batch_size
@@ -158,27 +155,24 @@ def loader_errors() -> Iterator[None]:
 
 
 class _Fetch(Dataset[Batch]):
-    """A batch by its step and indices, on the CPU: uint8 images, labels, weights."""
+    """A batch by its step and indices, on the CPU: uint8 images and labels."""
 
     def __init__(
-        self, sets: list[LabelledImages], weights: Tensor | None, transform: Transform | None,
-        seed: int, place: tuple[int, int],
+        self, sets: list[LabelledImages], transform: Transform | None, seed: int,
+        place: tuple[int, int],
     ) -> None:  # fmt: skip
         self.sets, self.transform, self.seed, self.place = sets, transform, seed, place
-        self.weights = torch.ones(len(sets[0])) if weights is None else weights.float().cpu()
 
     def __getitem__(self, at: tuple[int, Index]) -> Batch:
         step, index = at
         x = torch.cat([s.images[i] for s, i in zip(self.sets, index, strict=True)])
         y = torch.cat([s.labels[i] for s, i in zip(self.sets, index, strict=True)])
-        rest = sum(len(i) for i in index[1:])
-        w = torch.cat([self.weights[index[0]], torch.ones(rest)])
         rank, processes = self.place
         mine = range(rank, len(y), processes)
-        x, y, w = x[rank::processes], y[rank::processes], w[rank::processes]
+        x, y = x[rank::processes], y[rank::processes]
         if self.transform is not None:
             x = torch.stack([self._transformed(i, step, n) for i, n in zip(x, mine, strict=True)])
-        return x, y, w
+        return x, y
 
     def _transformed(self, image: Tensor, step: int, number: int) -> Tensor:
         """The image under the draws of its place: torchvision's come from torch's own generator."""

@@ -141,7 +141,7 @@ def _compare(
         analyses = {name: analyst.analyse(data) for name, data in synthetic.items()}
     # Nothing below trains or chooses: the test set is opened here, once.
     test = load(inputs.test)
-    judge_runs(runs, lambda: test, directory, towers, keep, progress)
+    judge_runs(runs, test, directory, towers, keep, progress)
     prints = Prints.of(test)
     sets = {"real": real, "validation": validation, **synthetic}
     leaks = {name: find_leaks(data, prints) for name, data in sets.items() if data is not None}

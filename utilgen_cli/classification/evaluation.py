@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,20 +149,14 @@ def is_trained(directory: Path, run: Run) -> bool:
 
 def judge_runs(
     runs: Sequence[Run],
-    open_test: Callable[[], LabelledImages],
+    test: LabelledImages,
     directory: Path,
     towers: Towers,
     keep: frozenset[str] = frozenset(),
     progress: Progress = silent,
 ) -> None:
-    """Test each trained classifier once and write its result; only weights in `keep` stay.
-
-    `open_test` is called once, and only if there is something left to test.
-    """
+    """Test each trained classifier once and write its result; only weights in `keep` stay."""
     missing = [run for run in runs if not result_path(directory, run).exists()]
-    if not missing:
-        return
-    test = open_test()
     with progress("test arms", len(missing)) as task:
         for run in missing:
             path, size = weights_path(directory, run), test.images.shape[-1]

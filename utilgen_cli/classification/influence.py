@@ -83,11 +83,6 @@ def direction(
     return solve_hessian(with_bias(train[0]), train[1].double().softmax(1), gradient, damping)
 
 
-def influence(features: Tensor, logits: Tensor, labels: Tensor, s: Tensor) -> Tensor:
-    """Influence [N] of samples on the validation loss; positive is helpful."""
-    return of_labels(influence_parts(features, logits, s), labels)
-
-
 def influence_parts(features: Tensor, logits: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """(A [N, C], b [N]): with label y the influence of sample i is b_i - A_iy."""
     a = with_bias(features) @ s.T

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..runtime.checkpoint import save_tensors
-from ..runtime.errors import BadInput, NoInput, UsageError
+from ..runtime.errors import BadInput, NoInput, UsageError, first_line
 from ..runtime.offline import offline
 from ..runtime.seeds import seed_everything
 from .clip import OPEN_CLIP, OPEN_CLIP_LORA, add_lora, is_clip, load_tower
@@ -192,9 +192,8 @@ def _clip_classifier(
 
 
 def _no_weights(arch: str, error: Exception) -> NoInput:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return NoInput(
-        f"--arch {arch}", f"cannot be built ({reason})",
+        f"--arch {arch}", f"cannot be built ({first_line(error)})",
         "Download it once with network access, name a local directory, or train from scratch.",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime import signals
+from ..runtime.device import DTYPES, autocast
 from ..runtime.distributed import all_reduce_mean, world
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
@@ -110,18 +111,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def weighted_loss(
-    logits: Tensor, y: Tensor, w: Tensor, label_smoothing: float = 0.0, processes: int = 1
-) -> Tensor:
-    """sum(w L) / sum(w): cross-entropy with the weights normalised per batch.
-
-    Of several processes that share a batch each gets its part, such that their mean is the loss.
-    """
-    losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
-    total = w.sum()
-    if processes > 1:
-        all_reduce_mean([total])
-    return (w * losses).sum() / total.clamp_min(1e-8)
+def batch_loss(logits: Tensor, y: Tensor, config: TrainConfig, processes: int = 1) -> Tensor:
+    """Mean cross-entropy of a batch. Of several processes that share it each gets its part, such
+    that their mean is the loss."""
+    losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=config.label_smoothing)
+    return losses.sum() / (config.batch_size / processes)
 
 
 def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -139,14 +133,6 @@ def synchronise_batch_norm(model: nn.Module) -> None:
     convert_sync_batchnorm(model)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision where it is asked for (bf16, fp16), else nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype)
-
-
 def pays_to_keep(model: Classifier, count: int, asked: int) -> bool:
     """Whether the features of `count` images shall be kept: the tower is never trained, so many or
     more are asked for in all, and they take no more than `FEATURES`."""
@@ -162,7 +148,7 @@ def tower_features(
     found = []
     with progress("features", len(images)) as task:
         for part in images.split(256):
-            with autocast(next(model.parameters()).device, precision):
+            with autocast(next(model.parameters()).device, DTYPES[precision]):
                 found.append(extract_features(model, part))
             task.advance(len(part))
     return torch.cat(found)
@@ -183,7 +169,6 @@ def train_classifier(
     config: TrainConfig,
     *,
     seed: int,
-    weights: Tensor | None = None,
     mix: LabelledImages | None = None,
     validation: LabelledImages | None = None,
     checkpoint: Path | None = None,
@@ -194,14 +179,13 @@ def train_classifier(
 ) -> TrainResult:
     """Train `model` in place on `data` (and `mix`) for `config.steps` steps; it ends in eval mode.
 
-    `weights` [len(data)] weigh the loss. With `validation` and `config.validate_every` the step
-    with the best validation accuracy is kept, else the last. The same seed, data and number of
-    threads give the same weights bit for bit on the CPU, also where a run that a signal stopped
-    (Stopped) goes on from `checkpoint`. `workers` processes crop and augment, where that is asked
-    for image by image. `together`: all processes under torchrun train this one model, each on its
-    share of every batch (batch norm sees the share, but for synchronised one on GPUs). Where a head
-    alone learns and nothing augments, it learns from features, which `see` finds, if that pays
-    (`pays_to_keep`). Not `together`.
+    With `validation` and `config.validate_every` the step with the best validation accuracy is
+    kept, else the last. The same seed, data and number of threads give the same weights bit for bit
+    on the CPU, also where a run that a signal stopped (Stopped) goes on from `checkpoint`.
+    `workers` processes crop and augment, where that is asked for image by image. `together`: all
+    processes under torchrun train this one model, each on its share of every batch (batch norm sees
+    the share, but for synchronised one on GPUs). Where a head alone learns and nothing augments, it
+    learns from features, which `see` finds, if that pays (`pays_to_keep`). Not `together`.
     UtilgenError: a worker died; at most the last minute is lost where there is a checkpoint.
     """
     device = next(model.parameters()).device
@@ -222,8 +206,8 @@ def train_classifier(
         if checkpoint:
             training.load(checkpoint)
         batches = Batches(
-            data, config, seed, weights, mix, training.step, device, model.transform["size"],
-            workers, rank, processes,
+            data, config, seed, mix, training.step, device, model.transform["size"], workers,
+            rank, processes,
         )  # fmt: skip
         best = _Best(training, validation)
         with signals.deferred() if checkpoint else nullcontext(), loader_errors():
@@ -244,11 +228,11 @@ def _take_steps(
     model.train()
     with progress("train", config.steps) as task:
         task.advance(training.step)
-        for x, y, w in islice(batches, config.steps - training.step):
+        for x, y in islice(batches, config.steps - training.step):
             for group in training.optimizer.param_groups:
                 group["lr"] = learning_rate(training.step, config)
-            with autocast(device, config.precision):
-                loss = weighted_loss(model(x), y, w, config.label_smoothing, processes)
+            with autocast(device, DTYPES[config.precision]):
+                loss = batch_loss(model(x), y, config, processes)
             training.optimizer.zero_grad(set_to_none=True)
             training.scaler.scale(loss).backward()
             training.scaler.step(training.optimizer)

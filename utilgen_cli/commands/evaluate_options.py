@@ -49,7 +49,7 @@ Steps = Annotated[
     int | None, typer.Option(min=1, help="Optimiser steps of every arm. Default: the preset's.")
 ]
 BatchSizeTrained = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images a step.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.")]
 Size = Annotated[
     int | None,
     typer.Option(min=8, help="Pixels a side. Default: 32 for small-cnn alone, else 224."),
@@ -153,31 +153,19 @@ def _files(operand: str, aside: Quarantine | None) -> Source:
 
 
 def read_value(directory: Path | None) -> dict[str, Any] | None:
-    """DIR/value.json, if a value model was named."""
-    import json
+    """What the value.json of a value model says, if one was named."""
+    from ..valuation.value_model import read_facts
 
-    from ..runtime.errors import BadInput, NoInput
-
-    if directory is None:
-        return None
-    path = directory / "value.json"
-    if not path.exists():
-        raise NoInput(str(path), "no such file", "Make it with utilgen value train.")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError:
-        raise BadInput(str(path), "not JSON", "Make it again with utilgen value train.") from None
-    return value if isinstance(value, dict) else None
+    return None if directory is None else read_facts(directory)
 
 
 def show(summary: dict[str, Any], as_json: bool) -> None:
     """The result on stdout: JSON for programs, a table for people."""
     from ..report.table import render
-    from ..runtime.files import encode_json
-    from ..runtime.stdout import claim_stdout, say, stdout_is_terminal
+    from ..runtime.stdout import say, stdout_is_terminal
+    from .streams import report
 
     if as_json:
-        claim_stdout().write(encode_json(summary))
-        claim_stdout().flush()
+        report(summary, True, "", to_stdout=True)
     else:
         say(render(summary, stdout_is_terminal()))

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from ..runtime.contents import contents
-from ..runtime.errors import BadInput, NoInput, UsageError
-from .bundle import check_fit, first_line, load_weights
+from ..runtime.errors import BadInput, NoInput, UsageError, first_line
+from .bundle import check_fit, load_weights
 from .class_adapters import ClassAdapters, class_folders
 
 if TYPE_CHECKING:

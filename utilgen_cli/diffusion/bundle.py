@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..runtime.errors import BadInput, NoInput, UsageError, is_text
+from ..runtime.errors import BadInput, NoInput, UsageError, first_line, is_text
 from ..runtime.offline import offline
 
 HUB_IDS = {
@@ -105,7 +105,7 @@ def _not_fetched(hub_id: str, error: Exception) -> NoInput:
         return NoInput(f"model {hub_id}", "its licence is not accepted yet", advice)
     if isinstance(error, RepositoryNotFoundError):
         return NoInput(f"model {hub_id}", "the hub has no such model", "Check the id.")
-    why = f"cannot be reached ({first_line(error, type(error).__name__)})"
+    why = f"cannot be reached ({first_line(error)})"
     advice = "Download it where there is a network and name the directory with -m, or use -m tiny."
     return NoInput(f"model {hub_id}", why, advice)
 
@@ -135,12 +135,6 @@ def _lacks_shards(folder: Path, file: str) -> bool:
     return not all((folder / name).exists() for name in names)
 
 
-def first_line(error: BaseException, otherwise: str) -> str:
-    """What a library said, as one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else otherwise
-
-
 def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
     """Load one component; anything that the library says about it becomes one line."""
     if not (path / folder).is_dir():
@@ -149,7 +143,7 @@ def load_component(path: Path, folder: str, load: Callable[[Path], T]) -> T:
         with offline():
             return load(path / folder)
     except Exception as error:  # the libraries raise whatever the file makes them stumble on
-        raise BadInput(f"{path / folder}", first_line(error, type(error).__name__)) from error
+        raise BadInput(f"{path / folder}", first_line(error)) from error
 
 
 def weights_variant(path: Path, folder: str) -> str | None:

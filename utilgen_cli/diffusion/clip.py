@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
 
-from ..runtime.errors import NoInput
+from ..runtime.errors import NoInput, first_line
 from ..runtime.offline import offline
 
 AT_ONCE = 64  # real shots that are looked at in one go
-MODES = {"bicubic": "bicubic", "bilinear": "bilinear"}
+MODES = ("bicubic", "bilinear")
 
 
 @dataclass
@@ -56,16 +57,9 @@ class ClipModel:
 
 def resize(x_bchw: Tensor, size: int, mode: str, squash: bool) -> Tensor:
     """Resize to [B, 3, size, size]; unless `squash`, keep the aspect and crop the centre."""
-    height, width = x_bchw.shape[-2:]
-    if squash:
-        target = (size, size)
-    else:  # as torchvision rounds
-        short = min(height, width)
-        target = (size * height // short, size * width // short)
-    if target != (height, width):
-        x_bchw = F.interpolate(x_bchw, target, mode=mode, antialias=True, align_corners=False)
-    top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return x_bchw[..., top : top + size, left : left + size]
+    sides = [size, size] if squash else [size]
+    x_bchw = tv.resize(x_bchw, sides, tv.InterpolationMode(mode), antialias=True)
+    return tv.center_crop(x_bchw, [size, size])
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
@@ -87,7 +81,7 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
             )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(identifier)
     except Exception as error:  # open_clip, the hub and the file system each raise their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise NoInput(
             f"open_clip model {name!r}", reason,
             "Name a local open_clip directory, or NAME:PRETRAINED as open_clip lists them.",
@@ -101,7 +95,8 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
     return ClipModel(
         name, model.eval().requires_grad_(False), tokenizer, size,
         channelwise(facts["mean"]), channelwise(facts["std"]),
-        MODES.get(facts["interpolation"], "bicubic"), facts["resize_mode"] == "squash",
+        facts["interpolation"] if facts["interpolation"] in MODES else "bicubic",
+        facts["resize_mode"] == "squash",
     )  # fmt: skip
 
 

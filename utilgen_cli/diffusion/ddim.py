@@ -2,7 +2,7 @@
 
 Legend: x is a noisy latent x_t [B, 4, h, w]; eps the predicted noise of the same shape; `alphas` is
 alpha-bar with the chain's end appended, float [T + 1], so that t = -1 means "after the last step".
-`model` is a `LatentDiffusion`; only `unet`, `scheduler` and `latent_shape` are used.
+`model` is a `LatentDiffusion`; only `unet`, `scheduler`, `latent_shape` and `device` are used.
 """
 
 from __future__ import annotations

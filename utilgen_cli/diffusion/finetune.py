@@ -1,4 +1,4 @@
-"""The training loop that `dpo` and `lora` share: resumable, the same on one process or several.
+"""The training loop of `dpo`, `lora` and `invert`: resumable, the same on one process or several.
 
 Step s draws everything from (seed, s), so a resumed run goes on bit for bit, and the global batch
 (batch_size x gradient_accumulation x processes) is dealt to the processes row by row, so that two
@@ -25,17 +25,11 @@ from ..runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from ..runtime.device import autocast
 from ..runtime.errors import UsageError, UtilgenError
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import step_generator
-from .finetune_config import (
-    Draw,
-    FinetuneConfig,
-    autocast,
-    make_optimizer,
-    schedule_factor,
-    shuffled,
-)
+from .finetune_config import Draw, FinetuneConfig, make_optimizer, schedule_factor, shuffled
 
 Figures = dict[str, float]
 SAVE_EVERY = 60.0  # seconds, where saving takes no more than a twentieth of them
@@ -106,7 +100,8 @@ class Finetuning:
         fp16 = objective.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
-        self.best = [p.detach().clone() for p in self.parameters]
+        watched = objective.watch is not None
+        self.best = [p.detach().clone() for p in self.parameters] if watched else []
         self.result = FinetuneResult()
         self.lost = 0  # steps in a row whose loss was not finite
 

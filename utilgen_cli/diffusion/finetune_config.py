@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -69,13 +68,6 @@ def draw_rows(
 def shuffled(seed: int, rows: int, epoch: int) -> Tensor:
     """The order of the rows in one epoch, int64 [rows]."""
     return torch.randperm(rows, generator=step_generator(seed, epoch, "epoch"))
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision where `dtype` is below float32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:

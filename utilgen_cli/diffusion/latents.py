@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,12 +51,6 @@ class LatentCache:
         shape = (self.count, self.variants, *self.model.latent_shape)
         mapped = np.memmap(self._file, np.float32, "r+", shape=shape)
         return torch.from_numpy(mapped)
-
-
-@torch.no_grad()
-def embed_prompts(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Prompt embeddings [P, L, D], computed once."""
-    return model.encode_prompts(list(prompts)).detach()
 
 
 def index_prompts(prompts: Iterable[str]) -> tuple[list[str], Tensor]:

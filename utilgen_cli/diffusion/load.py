@@ -62,7 +62,7 @@ class LatentDiffusion:
 
     @property
     def prediction_type(self) -> str:
-        """`epsilon` or `v_prediction`."""
+        """What the U-Net predicts: `epsilon`, `v_prediction` or `sample`."""
         kind: str = self.scheduler.config.prediction_type
         return kind
 
@@ -119,17 +119,11 @@ class LatentDiffusion:
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] as scaled latents, float [B, 4, h, w].
-
-        The posterior's mode, or with a generator a draw from it.
-        """
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] as scaled latents, float [B, 4, h, w]: the mode of the
+        posterior."""
         posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.dtype)).latent_dist
-        latents = posterior.mean
-        if generator is not None:
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = latents + posterior.std * noise
-        return (latents * self.vae.config.scaling_factor).float()
+        return (posterior.mean * self.vae.config.scaling_factor).float()
 
 
 def vae_scale(vae: Any) -> int:
@@ -172,10 +166,7 @@ def class_prompts(
     template: str | None = None,
 ) -> list[str]:
     """One prompt a class: "a photo of a dress", or with tokens "a photo of a <utilgen-0003>"."""
-    if tokens is not None:
-        names = read_index(tokens)["tokens"]
-    else:
-        names = class_names(model, None, classes)
+    names = classes or model.classes or () if tokens is None else read_index(tokens)["tokens"]
     template = template or model.template
     if "{}" not in template:
         raise UsageError(f"--prompt {template!r}", "has no {} for the class name")
@@ -205,21 +196,6 @@ class TokenPrompts:
             why = f"class {label} is {name!r}, and the token there is of {self.classes[label]!r}"
             raise sample.bad(why)
         return self.prompts[label]
-
-
-def class_names(
-    model: LatentDiffusion, tokens: Path | None, classes: Sequence[str] | None = None
-) -> list[str]:
-    """The class names in index order: the tokens' list, the given one, or the bundle's."""
-    known: list[str] | None = read_index(tokens)["classes"] if tokens is not None else model.classes
-    if classes and tokens is not None and list(classes) != known:
-        raise UsageError("--classes", f"differ from those of {tokens}", "Leave --classes out.")
-    names = list(classes) if classes else known
-    if not names:
-        raise UsageError(
-            f"model {model.name}", "names no classes", "Name them with --classes or give --tokens."
-        )
-    return names
 
 
 def _load_bundle(

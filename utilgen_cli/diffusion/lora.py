@@ -122,11 +122,7 @@ def _padded(x: torch.Tensor, axis: int, length: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(shape)], axis)
 
 
-def save_lora(
-    path: Path, unet: Any, text_encoder: Any | None = None, name: str = "default"
-) -> None:
-    """Write PATH/pytorch_lora_weights.safetensors of the U-Net and, if given, text encoder."""
-    tensors = lora_tensors(unet, "unet", name)
-    if text_encoder is not None:
-        tensors |= lora_tensors(text_encoder, "text_encoder", name)
+def save_lora(path: Path, unet: Any, text_encoder: Any) -> None:
+    """Write PATH/pytorch_lora_weights.safetensors of the U-Net and the text encoder."""
+    tensors = lora_tensors(unet, "unet") | lora_tensors(text_encoder, "text_encoder")
     save_tensors(path / LORA_WEIGHTS, tensors, {"format": "pt"})

@@ -36,7 +36,7 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(1)
 
 
-def make_objective(name: str, judge: Judge, clip_score: Objective | None) -> Objective:
+def make_objective(name: str, judge: Judge, clip_score: Objective) -> Objective:
     """The named objective; every one is better when higher.
 
     utility: the logit of W_phi (W itself saturates, and its gradient with it);
@@ -50,8 +50,6 @@ def make_objective(name: str, judge: Judge, clip_score: Objective | None) -> Obj
     if name == "entropy":
         return lambda images, labels: entropy(judge(images, labels).probabilities)
     if name == "clip":
-        if clip_score is None:
-            raise UsageError("--objective clip", "no open_clip model is given", "Add --clip NAME.")
         return clip_score
     return imported(name)
 

@@ -29,7 +29,7 @@ from .latents import LatentCache, index_prompts
 if TYPE_CHECKING:
     from .load import LatentDiffusion, TokenPrompts
 
-CLASS_TOKEN = re.compile(r"<utilgen-\d{4}(_\d+)?>")
+CLASS_TOKEN = re.compile(r"<utilgen-\d{4}>")
 MAX_HELD_OUT = 128
 
 

@@ -1,4 +1,6 @@
-"""The learnt policy of `ilpo`: M prompt embeddings a class and how to treat the starting noise."""
+"""A learnt policy (of `ilpo`, or `invert --population`): M prompt embeddings a class, and how to
+treat the starting noise.
+"""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import distributed
-from ..runtime.device import sent
+from ..runtime.device import autocast, sent
 from ..runtime.seeds import step_generator
 from .finetune import Figures
-from .finetune_config import Draw, autocast, draw_rows
+from .finetune_config import Draw, draw_rows
 from .lora import adapter_active, adapters_off, copy_lora, train_lora_only, tuner_layers
 from .pair_data import Preferences, split_rows
 from .preference_loss import (

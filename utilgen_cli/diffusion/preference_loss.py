@@ -25,19 +25,9 @@ BETA_CONVENTION = (
 )
 
 
-def beta_from_public(beta_dpo: float) -> float:
-    """Ours from that of the authors' script (-0.5 * beta_dpo * difference of mean squares)."""
-    return beta_dpo / 2
-
-
 def beta_to_public(beta: float) -> float:
     """The authors' `--beta_dpo` of the same strength (diffusers' script takes ours as it is)."""
     return 2 * beta
-
-
-def beta_from_paper(beta: float, num_timesteps: int, omega: float, elements: int) -> float:
-    """Ours from the paper's beta, which multiplies T omega and a sum over `elements`."""
-    return beta * num_timesteps * omega * elements
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from .adapters import LORA_WEIGHTS
 from .class_adapters import class_folders
 from .finetune import FinetuneResult, finetune
 from .finetune_config import FinetuneConfig
-from .latents import embed_prompts
 from .load import LatentDiffusion, TokenPrompts, load_model, quiet_libraries
 from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
 from .pair_data import Preferences, parse_desirable, prompt_of, read_preferences
@@ -127,10 +125,12 @@ def make_objective(
 
     VAE and text encoder are dropped.
     """
-    embeds = embed_prompts(model, pairs.prompts)
-    off = adapters_off(tuner_layers(model.text_encoder))
-    with off if config.reference == "base" else nullcontext():
-        reference_embeds = embed_prompts(model, pairs.prompts)
+    layers = tuner_layers(model.text_encoder) if config.reference == "base" else []
+    with torch.no_grad():
+        reference_embeds = embeds = model.encode_prompts(pairs.prompts)
+        if layers:
+            with adapters_off(layers):
+                reference_embeds = model.encode_prompts(pairs.prompts)
     model.drop("vae", "text_encoder")
     denoisers = make_denoisers(model, config)
     if config.gradient_checkpointing:

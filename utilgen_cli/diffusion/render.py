@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from ..runtime import signals
-from ..runtime.errors import UtilgenError
+from ..runtime.errors import UtilgenError, first_line
 from ..shards.images import encode_image
-from .bundle import first_line
 
 if TYPE_CHECKING:
     from torch.cuda import Event
@@ -76,7 +75,7 @@ def compile_unet(model: LatentDiffusion) -> None:
         try:
             return compiled(*inputs, **options)
         except TorchDynamoException as error:
-            why = f"the U-Net cannot be compiled ({first_line(error, type(error).__name__)})"
+            why = f"the U-Net cannot be compiled ({first_line(error)})"
             raise UtilgenError("--compile", why, "Leave it out.") from error
 
     model.unet.forward = forward

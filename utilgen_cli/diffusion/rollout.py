@@ -49,7 +49,7 @@ class GradSteps:
             return cls("all")
         kind, _, number = text.partition("@" if text.startswith("x0") else ":")
         least = 0 if kind == "x0" else 1
-        if kind not in ("last", "random", "x0") or not number.isdigit() or int(number) < least:
+        if kind not in ("last", "random", "x0") or not number.isdecimal() or int(number) < least:
             raise UsageError(f"--grad-steps {text}", "not understood", ADVICE)
         return cls(kind, int(number))
 

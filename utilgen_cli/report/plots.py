@@ -115,7 +115,7 @@ def accuracy_plot(arms: Sequence[dict[str, Any]], colours: Sequence[int]) -> Mar
 
 
 def per_class_plot(arms: Sequence[dict[str, Any]], colours: Sequence[int]) -> Markup:
-    """A row a class, a dot an arm; real only is hollow."""
+    """A row a class, a dot an arm; filled where real and synthetic are joined."""
     names = [row["class"] for row in arms[0]["per_class"]]
 
     def draw(axes: Axes) -> None:

@@ -37,16 +37,10 @@ class ClassSheet:
     """The images of one class: highest first, and lowest first."""
 
     name: str
-    label: int
     highest: list[Shown] = field(default_factory=list)
     lowest: list[Shown] = field(default_factory=list)
     count: int = 0
     scored: int = 0
-
-
-def class_name(sample: Sample) -> str:
-    """The name of a sample's class (its label where no name is known)."""
-    return printable(str(sample.facts.get("class_name", sample.label)), 120)
 
 
 def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:
@@ -60,7 +54,7 @@ def collect(samples: Iterable[Sample], limit: int) -> list[ClassSheet]:
     low: dict[int, list[tuple[tuple[float, int], Shown]]] = defaultdict(list)
     for place, sample in enumerate(samples):
         label = note_class(names, sample)
-        sheet = sheets.setdefault(label, ClassSheet(class_name(sample), label))
+        sheet = sheets.setdefault(label, ClassSheet(str(label)))
         scored = UTILITY in sample.members
         utility = utility_of(sample) if scored else 0.0
         shown = Shown(utility, -place, sample, scored)

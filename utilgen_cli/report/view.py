@@ -34,7 +34,7 @@ def view_page(samples: Iterable[Sample], title: str, limit: int, lowest: bool = 
     return page(
         title,
         tag("h1", title),
-        tag("p", _described(sheets, limit, lowest), class_="lead"),
+        tag("p", _described(sheets, lowest), class_="lead"),
         tag("div", plain_sheet(sheets, lowest), class_="view"),
     )
 
@@ -67,7 +67,7 @@ def _peek(samples: Iterable[Sample]) -> tuple[Sample, Iterator[Sample]]:
     return first, again()
 
 
-def _described(sheets: list[ClassSheet], limit: int, lowest: bool) -> str:
+def _described(sheets: list[ClassSheet], lowest: bool) -> str:
     count = sum(s.count for s in sheets)
     order = "in the order of the shards"
     if any(s.scored for s in sheets):

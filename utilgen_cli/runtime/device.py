@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .ranks import world
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,8 +33,8 @@ def pick_device(name: str | None = None) -> torch.device:
         if device.type == "cuda":  # pinned memory and events would go to the first GPU
             torch.cuda.set_device(numbered)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}", reason, "Name cpu, cuda, cuda:1 or mps.") from None
+        advice = "Name cpu, cuda, cuda:1 or mps."
+        raise UsageError(f"--device {name}", first_line(error), advice) from None
     return device
 
 
@@ -62,3 +63,8 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision where `dtype` is below float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

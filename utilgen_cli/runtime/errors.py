@@ -75,3 +75,9 @@ def printable(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         text = f"{text[: longest - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """What a library said, as one line; `otherwise`, or the error's name, where that is nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else otherwise or type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..runtime.contents import SETTINGS
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.progress import Progress, silent
-from .operands import open_source, read_path
+from .operands import expand_braces, open_source, read_path
 from .quarantine import Quarantine, check_any
 from .sums import has_stats, lost_shards, read_stats, stats_path
 
@@ -45,7 +45,8 @@ def check_shards(
     if not shards:
         raise UsageError("-", "a pipe cannot be checked", "Name directories or shard files.")
     result = CheckResult(len(shards))
-    lost = [path for each in operands if each.is_dir() for path in lost_shards(each)]
+    named = [Path(name) for operand in operands for name in expand_braces(str(operand))]
+    lost = [path for each in named if each.is_dir() for path in lost_shards(each)]
     known: dict[Path, dict[bytes, str]] = defaultdict(dict)  # keys are unique in a data set
     with progress("check", len(shards)) as task:
         for shard in shards:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
+
+from braceexpand import braceexpand
 
 from ..runtime.contents import is_output
 from ..runtime.errors import BadInput, NoInput, UsageError
@@ -56,7 +57,7 @@ class Source:
 
 def read_path(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
     """The samples of one shard file, checked by its statistics; or of standard input for `-`."""
-    from .reader import read_tar  # not for a word about a missing file
+    from .reader import read_checked, read_tar  # not for a word about a missing file
 
     quarantine = quarantine or Quarantine()
     if path == STDIN:
@@ -67,7 +68,10 @@ def read_path(path: Path, quarantine: Quarantine | None = None) -> Iterator[Samp
     except OSError as error:
         raise NoInput(str(path), error.strerror or "cannot be read", "Check its rights.") from None
     with file:
-        samples = read_tar(file, str(path), Sums.of(path), quarantine.reject)
+        sums, name = Sums.of(path), str(path)
+        samples = read_tar(file, name)
+        if sums is not None:
+            samples = read_checked(file, name, sums, quarantine.reject)
         yield from quarantine.screen(samples)
 
 
@@ -127,22 +131,12 @@ def _expand(name: str, whole: bool) -> list[Path]:
 
 def expand_braces(pattern: str) -> list[str]:
     """`a{000..002}.tar` and `{a,b}.tar` as shells and webdataset expand them."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found or Path(pattern).exists():
+    if Path(pattern).exists():
         return [pattern]
-    body = found.group(1)
-    number = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if number:
-        low, high = number.groups()
-        width = len(low) if low.startswith("0") else 0
-        step = 1 if int(low) <= int(high) else -1
-        parts = [f"{i:0{width}d}" for i in range(int(low), int(high) + step, step)]
-    elif "," in body:
-        parts = body.split(",")
-    else:
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:  # a brace alone is a name's
         return [pattern]
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [name for part in parts for name in expand_braces(head + part + tail)]
 
 
 def parse_part(spec: str) -> tuple[int, int]:

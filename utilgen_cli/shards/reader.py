@@ -175,30 +175,25 @@ class TarMembers:
         return found if info.type == tarfile.XHDTYPE else {}
 
 
-Reject = Callable[[BadSample], None]
+def read_tar(file: BinaryIO, name: str) -> Iterator[Sample]:
+    """The samples of one tar stream. BadInput: damage, a missing end mark, a broken key."""
+    for sample, _ in _grouped(TarMembers(file, name), name, hashed=False):
+        yield sample
 
 
-def stop_at(error: BadSample) -> None:
-    """What a reader does with a bad sample unless told otherwise."""
-    raise error
-
-
-def read_tar(
-    file: BinaryIO, name: str, sums: Sums | None = None, reject: Reject = stop_at
+def read_checked(
+    file: BinaryIO, name: str, sums: Sums, reject: Callable[[BadSample], None]
 ) -> Iterator[Sample]:
-    """The samples of one tar stream. BadInput: damage, a missing end mark, a broken key.
-
-    With `sums` each sample is checked before it is handed on; `reject` gets those that differ.
-    """
+    """`read_tar`, where each sample is held to `sums` before it is handed on; `reject` gets those
+    that differ."""
     tar = TarMembers(file, name)
-    for sample, digest in _grouped(tar, name, sums is not None):
-        error = sums.error(sample, digest) if sums is not None else None
+    for sample, digest in _grouped(tar, name, hashed=True):
+        error = sums.error(sample, digest)
         if error is None:
             yield sample
         else:
             reject(error)
-    if sums is not None:
-        sums.finish(tar.offset)
+    sums.finish(tar.offset)
 
 
 def _grouped(tar: TarMembers, name: str, hashed: bool) -> Iterator[tuple[Sample, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def score_of(sample: Sample) -> dict[str, Any]:
         raise BadInput(sample.key, why, "Run `utilgen value score` first.")
     score = sample.parsed(UTILITY)
     utility: Any = score.get("utility")
-    if type(utility) not in (int, float) or not math.isfinite(utility):
+    if type(utility) not in (int, float) or not abs(utility) <= sys.float_info.max:
         raise sample.bad(f"its utility is {utility!r}, not a number")
     return score
 

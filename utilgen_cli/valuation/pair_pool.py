@@ -136,7 +136,7 @@ class SamplePool:
         found = [self.read(int(index)) for index in indices]
         try:
             return np.stack([unpack_features(sample.features or "") for sample in found])
-        except ValueError:
+        except (TypeError, ValueError):
             why = "its features are not those of the others"
             raise BadInput(found[0].key, why, "Run `utilgen value score` again.") from None
 

@@ -159,13 +159,6 @@ class Scorer:
         return {"method": self.method, "all": total.row(), "passed": passed, "classes": rows}
 
 
-def score_samples(
-    samples: Iterable[Sample], value: ValueModel, method: str = "weight-net", batch_size: int = 256
-) -> Iterator[Sample]:
-    """Add `utility.json` to every sample. BadInput where a class is not the value model's."""
-    return Scorer(value, method, batch_size)(samples)
-
-
 def check_class(sample: Sample, value: ValueModel) -> None:
     """BadInput if the sample's class is none that `value` learnt, or has another name there."""
     label, classes = sample.label, value.classes

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -60,7 +61,7 @@ class Snapshot(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """`utility`, `logit` and `loss` of labelled images; see `load_value`."""
+    """Judges labelled images (`judge`, `judge_pixels`); see `load_value`."""
 
     def __init__(
         self,
@@ -99,18 +100,6 @@ class ValueModel(nn.Module):
     def classifiers(self) -> list[Classifier]:
         """The classifiers at the end of the trajectory, one a fold."""
         return list(cast(Any, self.snapshots[-1]).classifiers)
-
-    def utility(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
-        """Utility in [0, 1], [B], of images in [0, 1] (any size) as members of `labels`."""
-        return torch.sigmoid(self.logit(images_bchw, labels, folds))
-
-    def logit(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
-        """The score before the sigmoid, [B]: the one to ascend."""
-        return self.judge(images_bchw, labels, folds).logit
-
-    def loss(self, images_bchw: Tensor, labels: Tensor, folds: Tensor | None = None) -> Tensor:
-        """Cross-entropy, averaged over the members, [B]."""
-        return self.judge(images_bchw, labels, folds).loss
 
     def only(self, folds: Sequence[int]) -> ValueModel:
         """The same model with some of its classifiers: the others can judge what these drew."""
@@ -265,8 +254,6 @@ def load_value(
     """
     directory = Path(path)
     facts = read_facts(directory)
-    if not is_sound(facts):
-        raise BadInput(str(directory / VALUE_JSON), "not a value model", "Train it again.")
     if verdict(facts["canary"]["auroc"]) == "inverted" and not force:
         raise UtilgenError(
             str(directory), f"ranks wrong labels above right ones (canary AUROC "
@@ -283,6 +270,7 @@ def load_value(
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
+    """What value.json says. NoInput: it is not there. BadInput: not a value model, or damaged."""
     path = directory / VALUE_JSON
     if not path.exists():
         why = "no finished value model there" if directory.exists() else "no such directory"
@@ -294,6 +282,8 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise BadInput(str(path), "not a value model", "Train it again.") from None
     if written != FORMAT:
         raise BadInput(str(path), f"format {written}, not {FORMAT}", "Train it again.")
+    if not is_sound(facts):
+        raise BadInput(str(path), "not a value model", "Train it again.")
     return cast(dict[str, Any], facts)
 
 
@@ -303,6 +293,8 @@ def is_sound(facts: dict[str, Any]) -> bool:
         files = [n for e in facts["snapshots"] for n in (e["weight_net"], *e["classifiers"])]
         figures = [facts["transform"]["size"], facts["duplicate_distance"]]
         auroc, names = facts["canary"]["auroc"], facts["classes"]
+        curve = facts["weight_curve"]
+        figures_shown = [*curve["loss"], *curve["weight"]]
         return (
             type(names) is list
             and all(type(name) is str for name in names)
@@ -310,6 +302,8 @@ def is_sound(facts: dict[str, Any]) -> bool:
             and all(re.fullmatch(r"([\w-]+/)?[\w-]+\.safetensors", n) for n in files)
             and all(type(x) in (int, float) and 0 < x < 1e5 for x in figures)
             and (auroc is None or type(auroc) in (int, float))
+            and len(curve["loss"]) == len(curve["weight"])
+            and all(type(x) in (int, float) for x in figures_shown)
         )
     except (KeyError, TypeError):
         return False
@@ -344,5 +338,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise NoInput(str(path), "missing", "Train the value model again.")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors has no public base of its errors
+    except (OSError, SafetensorError) as error:
         raise BadInput(str(path), f"damaged ({error})", "Train the value model again.") from None
