@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from utilgen_cli.classification.data import LabelledImages
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.operands import Source, open_source
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
 NAMES = ["red", "green", "blue"]

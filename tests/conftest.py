@@ -17,8 +17,9 @@ import hypothesis
 import numpy as np
 import pytest
 
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import encode_image
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_tar
 
 from .preloaded import preloaded

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from utilgen_cli.runtime.errors import BadInput, UsageError
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.parquet import write_pickapic
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.scores import pack_features, unpack_features
 from utilgen_cli.valuation.pair_strategies import STRATEGIES, distinct_rows
 from utilgen_cli.valuation.pairing import ClassPairs, PairingConfig, PairingReport, pair_samples

@@ -28,10 +28,11 @@ from utilgen_cli.diffusion.tokens import class_folder, save_tokens
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.artefact import CHECKPOINT
 from utilgen_cli.runtime.errors import BadInput, Stopped, UsageError, UtilgenError
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.quarantine import Quarantine
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 
 from .conftest import DATA
 from .random_bundle import CLASSES, SIZE, make_bundle

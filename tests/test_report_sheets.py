@@ -17,8 +17,9 @@ from utilgen_cli.report.html import Markup, page, table, tag
 from utilgen_cli.report.sheets import collect, same_keys, thumbnail
 from utilgen_cli.report.view import view_page, view_png
 from utilgen_cli.runtime.errors import NoInput
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import encode_image
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 
 from .conftest import make_sample
 

@@ -18,10 +18,11 @@ import pytest
 from utilgen_cli.diffusion.tokens import class_folder
 from utilgen_cli.report.view import view_page, view_png
 from utilgen_cli.runtime.errors import LONGEST, BadInput, UtilgenError, printable
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.reader import MAX_MEMBERS, read_tar
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import tar_member
 
 from .conftest import Run, make_sample, tar_bytes

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from utilgen_cli.runtime.errors import BadInput, NoInput
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards import folder as folders
 from utilgen_cli.shards.folder import ImageList, list_images, listing_digest, pack_images, readable
 from utilgen_cli.shards.images import decode_rgb, encode_image
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.quarantine import Quarantine
-from utilgen_cli.shards.sample import BadSample, encode_json
+from utilgen_cli.shards.sample import BadSample
 
 from .conftest import Run, make_sample
 

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.check import check_shards
 from utilgen_cli.shards.operands import Source, expand_braces, open_source, parse_part
 from utilgen_cli.shards.reader import read_tar
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import stats_path, tar_member, write_shard
 
 from .conftest import ROOT, make_sample, tar_bytes

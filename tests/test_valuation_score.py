@@ -15,7 +15,8 @@ from tests.largest import Largest
 from tests.valuation_toys import as_samples, colours
 from utilgen_cli.commands.valuing import score_lines
 from utilgen_cli.runtime.errors import BadInput, UsageError
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.runtime.files import encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.valuation import neighbours
 from utilgen_cli.valuation.neighbours import Memory, nearest_others
 from utilgen_cli.valuation.score import Scorer

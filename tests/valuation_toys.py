@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from utilgen_cli.classification.data import LabelledImages
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.images import encode_image
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
 CLASSES = ["red", "green", "blue"]

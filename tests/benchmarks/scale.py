@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.runtime.files import encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.scores import UTILITY
 from utilgen_cli.shards.writer import write_shard
 

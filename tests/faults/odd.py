@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.operands import open_source
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_tar
 
 from ..conftest import make_sample

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from utilgen_cli.runtime.files import encode_json
 from utilgen_cli.shards.operands import open_source
-from utilgen_cli.shards.sample import Sample, encode_json
+from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import END_MARK, sample_bytes, write_shard
 
 from ..conftest import make_sample

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.contents import SETTINGS
 from ..runtime.output import MADE_IN
+from ..shards.sums import stats_path
 
 
 def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def stage_costs(shards: Sequence[Path]) -> list[dict[str, Any]]:
     seen: set[Path] = set()
     while shards and shards[0].resolve() not in seen:
         seen.add(shards[0].resolve())
-        stats = [_read(shard.with_name(f"{shard.stem}_stats.json")) for shard in shards]
+        stats = [_read(stats_path(shard)) for shard in shards]
         settings = _read(shards[0].parent / SETTINGS)
         if not all(stats):
             break

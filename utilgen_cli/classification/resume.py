@@ -16,6 +16,7 @@ from ..runtime.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    under,
 )
 from ..runtime.distributed import raise_stopped, stop_anywhere, world
 
@@ -62,12 +63,12 @@ class Training:
         if found is None:
             return
         tensors, meta = found
-        self.model.load_state_dict(_under(tensors, "model."))
+        self.model.load_state_dict(under(tensors, "model."))
         restore_optimizer(self.optimizer, tensors)
         if meta["scaler"]:
             self.scaler.load_state_dict(meta["scaler"])
         self.losses = list(tensors["losses"].to(self.device))
-        self.best, self.best_state = meta["best"], _under(tensors, "best.")
+        self.best, self.best_state = meta["best"], under(tensors, "best.")
         self.step, self.seconds = meta["step"], meta["seconds"]
         torch.set_rng_state(tensors["noise"])
         if self.on_gpu and "noise.cuda" in tensors:
@@ -99,7 +100,3 @@ class Keeper:
             self.last = time.monotonic()
         if stop:
             raise_stopped()
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

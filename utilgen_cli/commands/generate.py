@@ -19,14 +19,9 @@ def generate(
         Path | None, typer.Option("--policy", help="Learnt prompts, as `ilpo --save-policy` makes.")
     ] = None,
     per_class: o.PerClass = 1,
-    start: Annotated[int, typer.Option(min=0, help="Index of each class's first image.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(min=0, help="Classifier-free guidance, 1: none. Default: the model's."),
-    ] = None,
+    start: o.Start = 0,
+    steps: o.SamplingSteps = None,
+    guidance_scale: o.GuidanceScale = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, or for few steps (10 or so) dpm++ or unipc.")
     ] = "ddim",

@@ -88,9 +88,3 @@ SavePolicy = Annotated[
     Path | None,
     typer.Option(help="Keep prompts and settings here, for `generate --policy`."),
 ]
-Start = Annotated[int, typer.Option(min=0, help="Index of each class's first image.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
-GuidanceScale = Annotated[
-    float | None,
-    typer.Option(min=0, help="Classifier-free guidance, 1: none. Default: the model's."),
-]

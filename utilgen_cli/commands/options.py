@@ -74,6 +74,17 @@ Part = Annotated[
 ]
 ShardSize = Annotated[int, typer.Option("--shard-size", min=1, help="Samples a shard.")]
 PerClass = Annotated[int, typer.Option("--per-class", min=1, help="Images a class.")]
+Start = Annotated[int, typer.Option("--start", min=0, help="Index of each class's first image.")]
+SamplingSteps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Denoising steps. Default: the model's.")
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-scale", min=0,
+        help="Classifier-free guidance, 1: none. Default: the model's.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there already.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Seconds, not quality: a trial of the works.")]
 OnError = Annotated[

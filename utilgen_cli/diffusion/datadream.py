@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..runtime import signals
 from ..runtime.artefact import CHECKPOINT, is_done, seal, sealed
-from ..runtime.checkpoint import remove_checkpoint, write_json
+from ..runtime.checkpoint import remove_checkpoint
 from ..runtime.device import sent
 from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
+from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import seed_everything
 from ..shards.classes import note_class

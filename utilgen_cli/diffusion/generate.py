@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..runtime.device import pick_device, pick_dtype
 from ..runtime.errors import BadInput, UsageError
+from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
-from ..shards.sample import Sample, encode_json, numbered_key
+from ..shards.sample import Sample, numbered_key
 from .adapters import fuse_adapters, other_adapters, rounds_away
 from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting

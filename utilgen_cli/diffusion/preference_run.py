@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.artefact import CHECKPOINT, seal
-from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
+from ..runtime.checkpoint import remove_checkpoint, save_tensors
 from ..runtime.distributed import world
 from ..runtime.errors import NoInput, UsageError
-from ..runtime.files import write_atomic
+from ..runtime.files import write_atomic, write_json
 from ..runtime.progress import Progress, silent
 from ..runtime.seeds import seed_everything
 from ..shards.sample import Sample

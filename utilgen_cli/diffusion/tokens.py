@@ -19,8 +19,9 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from ..runtime.artefact import seal
-from ..runtime.checkpoint import save_tensors, write_json
+from ..runtime.checkpoint import save_tensors
 from ..runtime.errors import BadInput, NoInput
+from ..runtime.files import write_json
 
 if TYPE_CHECKING:
     from .load import LatentDiffusion

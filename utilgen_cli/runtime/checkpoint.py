@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import signals
 from .errors import UtilgenError
-from .files import write_atomic, write_json  # noqa: F401  (one room for saving)
+from .files import write_atomic
 
 
 def save_tensors(
@@ -118,3 +118,8 @@ def restore_optimizer(
             state.setdefault(int(index), {})[name] = value
     whole = optimizer.state_dict()
     optimizer.load_state_dict({**whole, "state": state})
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -15,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 from ..runtime.errors import BadInput, NoInput
+from ..runtime.files import encode_json
 from .images import decode_rgb, encode_image
 from .quarantine import Quarantine
-from .sample import BadSample, Sample, encode_json, numbered_key
+from .sample import BadSample, Sample, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
 Numbered = tuple[int, Labelled]

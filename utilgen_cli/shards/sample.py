@@ -9,9 +9,6 @@ from types import NoneType
 from typing import Any
 
 from ..runtime.errors import BadInput, is_text
-from ..runtime.files import encode_json
-
-__all__ = ["IMAGE_TYPES", "BadSample", "Sample", "check_key", "encode_json", "numbered_key"]
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_/-]*")

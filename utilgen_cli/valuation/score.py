@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
 from ..shards.images import decode_many
-from ..shards.sample import Sample, encode_json
+from ..shards.sample import Sample
 from ..shards.scores import UTILITY, pack_features
 from .baselines import check_method, valuer
 from .neighbours import Memory

@@ -41,6 +41,7 @@ from ..runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
     save_tensors,
+    under,
 )
 from ..runtime.device import sent
 from ..runtime.errors import UsageError
@@ -270,11 +271,6 @@ class Trajectory:
 
     def meta(self) -> dict[str, Any]:
         return {"step": self.step, "outer": float(self.outer), "history": self.history}
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names start with `prefix`, without it."""
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def draw(at: Tensor, n: int, generator: torch.Generator) -> Tensor:

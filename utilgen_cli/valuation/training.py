@@ -15,7 +15,8 @@ from .. import __version__
 from ..classification.data import LabelledImages, to_float
 from ..classification.models import Classifier
 from ..runtime.artefact import CHECKPOINT, seal
-from ..runtime.checkpoint import remove_checkpoint, save_tensors, write_json
+from ..runtime.checkpoint import remove_checkpoint, save_tensors
+from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
 from .canary import auroc, verdict
 from .neighbours import nearest_others
