@@ -27,6 +27,7 @@ from utilgen_cli.diffusion.bundle import parse_classes, read_defaults
 from utilgen_cli.diffusion.load import LatentDiffusion, class_prompts, load_model
 from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
+from .conftest import make_sample, tar_bytes
 from .random_bundle import CLASSES, SIZE, make_bundle, make_pipeline, make_unet
 
 ITEMS = [(0, 0), (1, 0), (2, 1)]
@@ -487,3 +488,26 @@ def test_classes_come_from_a_comma_list_or_a_file(tmp_path: Path) -> None:
             parse_classes(text)
     with pytest.raises(NoInput, match="no such file"):
         parse_classes(str(tmp_path / "name.txt"))
+
+
+def test_classes_come_from_shards(tmp_path: Path) -> None:
+    def shards(*named: tuple[int, str | None]) -> str:
+        samples = [make_sample(i, c, class_name=name) for i, (c, name) in enumerate(named)]
+        (tmp_path / "00000.tar").write_bytes(tar_bytes(samples))
+        return str(tmp_path)
+
+    real = shards((1, "bag"), (0, "ankle boot "), (1, "bag"), (2, "a,b"))
+    assert (
+        parse_classes(real) == parse_classes(f"{real}/00000.tar") == ("ankle boot ", "bag", "a,b")
+    )
+    for second, why in (
+        (2, "class 1 has no image"),
+        (0, "00000.tar.*'dress' here and 'bag' before"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            parse_classes(shards((0, "bag"), (second, "dress")))
+    with pytest.raises(UsageError, match="'bag' twice"):
+        parse_classes(shards((0, "bag"), (1, "bag")))
+    for missing in (f"{tmp_path}/gone/", f"{tmp_path}/gone.tar"):
+        with pytest.raises(NoInput, match="no such file"):
+            parse_classes(missing)

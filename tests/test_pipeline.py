@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from utilgen_cli.shards.operands import open_source
+from utilgen_cli.shards.writer import write_shard
 
 from .conftest import DATA, Run
 
@@ -140,12 +141,22 @@ def test_json_summaries_are_json(loop: Path, run: Run) -> None:
 
 
 def test_the_loop_script_runs_to_its_report(run: Run, tmp_path: Path) -> None:
+    """With classes of one's own, that are not the bundle's."""
+    kept = {1: b"0", 6: b"1", 8: b"2"}
+    for part in ("real", "val", "test"):
+        (tmp_path / part).mkdir()
+        samples = open_source([str(DATA / part)]).samples()
+        own = [s.with_member("cls", kept[s.label]) for s in samples if s.label in kept]
+        write_shard(tmp_path / part / "00000.tar", own[:60])
     script = DATA.parent / "loop.sh"
-    done = run(f"SMOKE=1 bash {script} {DATA}/real {DATA}/val {DATA}/test tiny 1 4", tmp_path)
+    settings = 'SMOKE=1 CLASSIFIER="--arch small-cnn --augment shift"'
+    done = run(f"{settings} bash {script} real val test tiny 1 4", tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     text = done.stdout.decode()
     for line in ("round 0: validation accuracy", "round 1: validation accuracy", "real + loop"):
         assert line in text
     assert (tmp_path / "report.html").exists()
     judged = json.loads((tmp_path / "round0" / "eval.json").read_text())
-    assert judged["data"]["test"]["images"] == len(list(open_source([f"{DATA}/val"]).samples()))
+    assert judged["data"]["test"]["images"] == len(list(open_source([f"{tmp_path}/val"]).samples()))
+    assert len(judged["classes"]) == 3
+    assert judged["protocol"]["train"]["augmentation"] == "shift"

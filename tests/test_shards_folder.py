@@ -107,7 +107,7 @@ def test_a_path_that_is_too_long_does_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cat/1.jfif", "cat/1.JPE", "cat/1.jpeg"])
 def test_every_name_of_jpeg_is_taken(tmp_path: Path, name: str) -> None:
     listed = list_images(photos(tmp_path, name, data=make_jpeg()))
-    (sample,) = pack_images(readable(listed, Quarantine()), listed.classes, None)
+    (sample,) = pack_images(readable(listed, Quarantine()), listed, None)
     assert list(sample.members) == ["jpg", "cls", "json"]
     assert listed.line() is None and listed.summary() == {}
 
@@ -183,7 +183,7 @@ def test_a_file_without_permission_is_a_bad_sample(
     monkeypatch.setattr(folders, "_read", closed)
     listed = list_images(photos(tmp_path, "cat/1.png"))
     with pytest.raises(BadSample, match="Permission denied") as found:
-        list(pack_images(readable(listed, Quarantine()), listed.classes, None))
+        list(pack_images(readable(listed, Quarantine()), listed, None))
     assert found.value.reason == "unreadable file"
 
 
@@ -219,3 +219,46 @@ def test_the_output_is_no_class(output: str, utilgen: Run, tmp_path: Path) -> No
     photos(tmp_path, "cat/1.png", "dog/1.png")
     said = [utilgen("pack", ".", "-o", output, "--json").stderr for _ in range(3)]
     assert said[0] == said[1] == said[2] == encode_json({"classes": ["cat", "dog"], "samples": 2})
+
+
+@pytest.mark.parametrize("source", ["photos", "list.csv"])
+def test_one_folder_is_divided_without_an_image_in_two_parts(
+    utilgen: Run, tmp_path: Path, source: str
+) -> None:
+    """Images of one name in two folders of a class are two; a bad shot's place goes to no image
+    that another part has."""
+    files = [f"{c}/{day}/{i}.png" for c in ("cat", "dog") for day in ("a", "b") for i in range(5)]
+    photos(tmp_path / "photos", *files)
+    (tmp_path / "photos" / "cat" / "a" / "3.png").write_bytes(b"none")
+    rows = [f"photos/{file},{file[:3]}" for file in files]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    options = ("--on-error", "skip", "--size", "8", "--shots", "3")
+    utilgen("pack", source, *options, "-o", "real")
+    utilgen("pack", source, *options, "--without", "real", "-o", "val")
+    done = utilgen(
+        "pack", source, *options[:4], "--without", "real", "--without", "val", "-o", "test"
+    )
+    assert b"of 2 classes: cat, dog\n" in done.stderr
+    parts = [
+        {
+            (s.facts["class_name"], s.facts["file"])
+            for s in open_source([str(tmp_path / p)]).samples()
+        }
+        for p in ("real", "val", "test")
+    ]
+    assert [len(part) for part in parts] == [6, 6, 7]
+    assert len(set.union(*parts)) == 19
+    assert utilgen("pack", source, *options, "--without", "real", "-o", "val").returncode == 0
+    gone = utilgen("pack", source, *options, "--without", "test", "-o", "val", check=False)
+    assert gone.returncode == 2 and b"without was" in gone.stderr
+
+
+def test_shards_that_nothing_is_left_without_are_refused(utilgen: Run, tmp_path: Path) -> None:
+    photos(tmp_path, *(f"{folder}/cat/{name}.png" for folder, name in (("a", 1), ("b", 2))))
+    utilgen("pack", "a", "-o", "shards")
+    for folder, why in (("a", b"class cat: has no images but"), ("b", b"of its images lies in b")):
+        done = utilgen("pack", folder, "--without", "shards", "-o", "more", check=False)
+        assert done.returncode == 65 and why in done.stderr
+    utilgen("generate", "-m", "tiny", "--smoke", "-o", "drawn")
+    done = utilgen("pack", "a", "--without", "drawn", "-o", "more", check=False)
+    assert done.returncode == 65 and b"which file it was packed from" in done.stderr

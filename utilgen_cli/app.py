@@ -26,7 +26,7 @@ Stages read and write WebDataset tar shards and join with pipes:
   utilgen generate -m tiny --per-class 8 | utilgen value score --value value/ | utilgen pairs
 
 Exit codes: 0 done, 1 failed, 2 usage, 65 bad input, 66 no such input, 75 stopped by a signal with
-its state saved (run it again; 1 where a whole pipe is to be run again), 130 interrupted, 141 the
+its state saved (run it again; 1 where nothing is kept), 130 interrupted, 141 the
 reader left.
 --debug shows tracebacks."""
 
@@ -59,8 +59,12 @@ def _translate(error: BaseException, options: Iterable[str]) -> UtilgenError:
     if isinstance(error, OSError) and error.errno is not None:
         return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
     if isinstance(error, MemoryError) or "out of memory" in str(error):
-        sizes = [f"--{n.replace('_', '-')}" for n in ("batch_size", "chunk") if n in options]
+        sizes = [
+            f"--{n.replace('_', '-')}" for n in ("batch_size", "chunk", "size") if n in options
+        ]
         advice = f"Lower {' or '.join(sizes)}." if sizes else "Give the process more."
+        if "checkpointing" in options:
+            advice = f"Add --gradient-checkpointing, or {advice[0].lower()}{advice[1:]}"
         return UtilgenError("memory", "not enough of it", advice)
     text = str(error).strip().splitlines() or [""]
     why = f"{type(error).__name__}: {text[0]}"

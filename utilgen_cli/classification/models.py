@@ -154,16 +154,27 @@ def refuse_pretrained(archs: Sequence[str], pretrained: bool) -> None:
                          "Name a timm model with --arch.")  # fmt: skip
 
 
+def refuse_unknown(archs: Sequence[str]) -> None:
+    """UsageError for a name that is neither ours, open_clip's by its prefix, nor timm's."""
+    named = [arch for arch in archs if arch != SMALL_CNN and not is_clip(arch)]
+    if not named:
+        return
+    import timm
+
+    for arch in named:
+        if not timm.is_model(arch):
+            raise UsageError(
+                f"--arch {arch}", "unknown architecture",
+                f"Use {SMALL_CNN}, a timm name such as resnet50, or {OPEN_CLIP}NAME-or-directory "
+                f"({OPEN_CLIP_LORA}... to adapt the tower).",
+            )  # fmt: skip
+
+
 def _timm_classifier(arch: str, num_classes: int, image_size: int, pretrained: bool) -> Classifier:
     import timm
     from timm.data import resolve_model_data_config
 
-    if not timm.is_model(arch):
-        raise UsageError(
-            f"--arch {arch}", "unknown architecture",
-            f"Use {SMALL_CNN}, a timm name such as resnet50, or {OPEN_CLIP}NAME-or-directory "
-            f"({OPEN_CLIP_LORA}... to adapt the tower).",
-        )  # fmt: skip
+    refuse_unknown([arch])
     try:
         tower = timm.create_model(arch, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:

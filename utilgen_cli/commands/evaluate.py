@@ -49,7 +49,7 @@ def evaluate(
     utilgen eval --real real/ --synthetic base=synth/ --val val/ --test test/ --report report.html
     """  # fmt: skip
     from ..classification import comparison as c
-    from ..classification.models import refuse_pretrained
+    from ..classification.models import refuse_pretrained, refuse_unknown
     from ..classification.train import PRESET_ARCHS
     from ..classification.train import preset as preset_config
     from ..report.evaluation import prepare_report, write_report
@@ -62,6 +62,7 @@ def evaluate(
     inputs, shown = open_inputs(real, synthetic, val, test, scored, aside)
     learned = read_value(value)
     archs = arch or [PRESET_ARCHS.get(preset, "small-cnn")]
+    refuse_unknown(archs)
     refuse_pretrained(archs, pretrained)
     where = pick_device(device)
     pick_dtype(precision, where)  # refuses an unknown name

@@ -17,7 +17,7 @@ Real = Annotated[str, typer.Option(help="Real training shards.")]
 Test = Annotated[str, typer.Option(help="Test shards: opened when all training is over.")]
 Validation = Annotated[
     str | None,
-    typer.Option("--val", help="Validation shards: for influence, distribution, selection."),
+    typer.Option("--val", help="Validation shards: why a set helps; and --validate-every."),
 ]
 Synthetic = Annotated[
     list[str] | None,
@@ -48,8 +48,12 @@ Preset = Annotated[
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Optimiser steps of every arm. Default: the preset's.")
 ]
-BatchSizeTrained = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images a step.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.")]
+BatchSizeTrained = Annotated[
+    int | None, typer.Option("--batch-size", min=2, help="Images a step. Default: the preset's.")
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", min=0.0, help="Peak learning rate. Default: the preset's.")
+]
 Size = Annotated[
     int | None,
     typer.Option(min=8, help="Pixels a side. Default: 32 for small-cnn alone, else 224."),

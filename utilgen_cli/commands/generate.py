@@ -16,7 +16,8 @@ def generate(
     tokens: o.Tokens = None,
     adapter: o.Adapters = None,
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="Learnt prompts, as `ilpo --save-policy` makes.")
+        Path | None,
+        typer.Option("--policy", help="Learnt prompts, of `invert --population` or `ilpo`."),
     ] = None,
     per_class: o.PerClass = 1,
     start: o.Start = 0,

@@ -25,7 +25,10 @@ SetWeight = Annotated[float, typer.Option(min=0, help="Weight of --set-term.")]
 Diversity = Annotated[float, typer.Option(min=0, help="Weight of the spread within a class.")]
 Clip = Annotated[
     str | None,
-    typer.Option(help="open_clip NAME[:PRETRAINED] or directory. Default: the model's."),
+    typer.Option(
+        help="open_clip NAME[:PRETRAINED] or directory, which also watches the labels. Default: "
+        "the model's, else ViT-B-32:openai."
+    ),
 ]
 ClipWeight = Annotated[
     float, typer.Option(min=0, help="lambda: weight of cos(image, text of the class).")
@@ -37,7 +40,7 @@ AnchorWeight = Annotated[
     float,
     typer.Option(
         min=0,
-        help="Weight of denoising the real shots (--real), which holds the prompts to their world.",
+        help="Weight of denoising the real shots (--real): it keeps the prompts close to them.",
     ),
 ]
 Parameters = Annotated[

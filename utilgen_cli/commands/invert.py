@@ -56,7 +56,7 @@ def invert(
 
     Example: utilgen invert real/ -m tiny -o tokens/
 
-    With --population whole prompts, dealt the real images of their class in turn:
+    With --population whole prompts, each learnt from its own share of the class's images:
 
     utilgen invert real/ -m tiny --population 4 --batch-size 64 -o prompts/
     """

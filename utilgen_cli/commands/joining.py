@@ -297,9 +297,8 @@ class PolicyRun(LazyGenerator):
             f"{name.removeprefix('fidelity_')} {before[name]:.2f} -> {after[name]:.2f}"
             for name in names
         )
-        noise = " ".join(f"{name}={value:.3f}" for name, value in s["noise"].items())
         return (
             f"{super().line()}; label fidelity on held-out noise: {fidelity}; kept iteration "
             f"{s['best_iteration']} of {s['iterations']}; U-Net latents: {s['unet_latents']} to "
-            f"learn, {s['sampling_unet_latents']} to draw; noise: {noise}"
+            f"learn, {s['sampling_unet_latents']} to draw"
         )

@@ -13,7 +13,7 @@ import typer
 def _verbose(value: bool) -> bool:
     """Without -v only utilgen's own messages are shown."""
     if not value:
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         warnings.simplefilter("ignore")
     return value
 
@@ -52,14 +52,17 @@ Adapters = Annotated[
 ]  # fmt: skip
 Classes = Annotated[
     str | None,
-    typer.Option("--classes", help="Class names: a comma list, or a file with one a line."),
+    typer.Option(
+        "--classes", help="Class names: a comma list, a file with one a line, or the real shards."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the best here.")
 ]
 Precision = Annotated[
-    str | None, typer.Option("--precision", help="fp32, fp16 or bf16. Default: fp32 on the CPU.")
+    str | None,
+    typer.Option("--precision", help="fp32, fp16 or bf16. Default: bf16 on CUDA, else fp32."),
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the U-Net for drawing: a minute first.")
@@ -76,17 +79,21 @@ ShardSize = Annotated[int, typer.Option("--shard-size", min=1, help="Samples a s
 PerClass = Annotated[int, typer.Option("--per-class", min=1, help="Images a class.")]
 Start = Annotated[int, typer.Option("--start", min=0, help="Index of each class's first image.")]
 SamplingSteps = Annotated[
-    int | None, typer.Option("--steps", min=1, help="Denoising steps. Default: the model's.")
+    int | None,
+    typer.Option("--steps", min=1, help="Denoising steps. Default: the model's, else 25."),
 ]
 GuidanceScale = Annotated[
     float | None,
     typer.Option(
         "--guidance-scale", min=0,
-        help="Classifier-free guidance, 1: none. Default: the model's.",
+        help="Classifier-free guidance, 1: none. Default: the model's, else 7.5.",
     ),
 ]  # fmt: skip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is there already.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="Seconds, not quality: a trial of the works.")]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="A trial of the works: few steps and images, whatever is asked."),
+]
 OnError = Annotated[
     str,
     typer.Option(help="Single bad samples: stop at the first, or skip them, counted by reason."),

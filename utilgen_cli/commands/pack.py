@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,14 @@ def pack(
         int | None, typer.Option("--shots", min=1, help="Only so many images a class.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Which shots are taken.")] = 0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            help="Leave out the images that these shards were packed from; may repeat.",
+            show_default=False,
+        ),
+    ] = None,
     shard_size: ShardSize = 1000,
     on_error: OnError = "stop",
     overwrite: Overwrite = False,
@@ -34,19 +42,28 @@ def pack(
     """Pack labelled images into WebDataset shards.
 
     Example: utilgen pack photos/ -o real/    (photos/cat/1.jpg, photos/dog/2.png, ...)
+
+    To divide one folder: `pack photos/ --shots 8 -o real/`, then `pack photos/ --without real/
+    --shots 8 -o val/`, then `pack photos/ --without real/ --without val/ -o test/`.
     """
-    from ..shards.folder import list_images, listing_digest, pack_images, readable
+    from ..shards.folder import list_images, listing_digest, pack_images, packed_before, readable
+    from ..shards.operands import expand_braces, open_source
     from .quarantining import quarantine_of, tell
     from .streams import report, run_source
 
     aside = quarantine_of(on_error)
-    listed = list_images(folder, shots, seed, None if output == "-" else Path(output))
+    before = packed_before(open_source(without).samples()) if without else frozenset()
+    listed = list_images(folder, shots, seed, None if output == "-" else Path(output), before)
     images, classes = readable(listed, aside), listed.classes
-    settings = {"folder": str(folder), "size": size, "shots": shots, "seed": seed,
-                "shard_size": shard_size, "images": len(images),
-                "contents": listing_digest(listed, images), **aside.settings()}  # fmt: skip
+    settings: dict[str, Any] = {
+        "folder": str(folder), "size": size, "shots": shots, "seed": seed,
+        "shard_size": shard_size, "images": len(images),
+        "contents": listing_digest(listed, images), **aside.settings(),
+    }  # fmt: skip
+    if without:
+        settings["without"] = [Path(n) for each in without for n in expand_braces(each)]
     run_source(
-        lambda part: pack_images(part, classes, size), images, output, "pack",
+        lambda part: pack_images(part, listed, size), images, output, "pack",
         settings, overwrite, shard_size,
     )  # fmt: skip
     tell(aside, "pack")
@@ -54,4 +71,10 @@ def pack(
         report({}, False, f"pack: {line}")
     found = {"classes": classes, **listed.summary(), **aside.summary()}
     report({"samples": len(images), **found}, as_json,
-           f"packed {len(images)} images of {len(classes)} classes")  # fmt: skip
+           f"packed {len(images)} images of {len(classes)} classes: {some(classes)}")  # fmt: skip
+
+
+def some(names: list[str], most: int = 20) -> str:
+    """The names, or the first of them."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -120,7 +120,9 @@ def score(
     ] = None,
     agreed: Annotated[
         bool,
-        typer.Option("--agreed", help="Pass on only what the value model sees as its class."),
+        typer.Option(
+            "--agreed", help="Pass on only what the value model assigns to its own label."
+        ),
     ] = False,
     lookahead: Annotated[
         bool, typer.Option("--lookahead", help="Also value the input as a set.")
@@ -148,6 +150,10 @@ def score(
 
     Example: utilgen value score synth/ --value value/ -o scored/
 
+    Of each class it prints means, the share that is assigned to its own label (agreement), the
+    share that hardly differs from another image (duplicates), and with --passes of 2 or more how
+    far the classifiers differ (disagreement).
+
     What the value model was trained on is judged by the classifier that was held out from it.
     """
     from ..runtime.device import pick_device
@@ -162,7 +168,7 @@ def score(
         quarantine_of(on_error),
     )  # fmt: skip
     request.check()
-    model = load_value(value, pick_device(device), force)
+    model = load_value(value, pick_device(device), force, "--force takes it all the same.")
     warn(model.warning(), quiet)
     scorer = Scorer(model, method, batch_size, reporter(quiet), passes, agreed)
     summary = run_scoring(shards, value, scorer, request, LISTING)

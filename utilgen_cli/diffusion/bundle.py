@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from ..runtime.errors import BadInput, NoInput, UsageError, first_line, is_text
 from ..runtime.offline import offline
+from ..shards.classes import class_names
+from ..shards.operands import open_source
 
 HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -256,22 +258,27 @@ def read_defaults(path: Path) -> dict[str, Any]:
 
 
 def parse_classes(text: str | None) -> tuple[str, ...] | None:
-    """`--classes`: a comma list, or a file with one name a line. UsageError: none, or twice.
+    """`--classes`: a comma list, a file with one name a line, or shards whose classes they are.
+    UsageError: none, or twice. BadInput: shards that do not name them all.
 
-    NoInput: a file that is not there, which would be a class of that name.
+    NoInput: a file or directory that is not there, which would be a class of that name.
     """
     if text is None:
         return None
-    if os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)
+    if shards := os.path.isdir(text) or text.endswith(".tar"):  # noqa: PTH112
+        names = class_names(open_source([text]).samples(), text)
+    elif os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)
         try:
             names = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UsageError(f"--classes {text}", "is not UTF-8", "Save it as UTF-8.") from None
-    elif text.endswith(".txt"):
-        raise NoInput(f"--classes {text}", "no such file", "Name one, or the classes: cat,dog,...")
+    elif text.endswith((".txt", "/")):
+        why = "no such file or directory"
+        raise NoInput(f"--classes {text}", why, "Name one, or the classes: cat,dog,...")
     else:
         names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
+    if not shards:
+        names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UsageError(f"--classes {text}", "holds no class name", "Name them: cat,dog,...")
     if not is_text("".join(names)):

@@ -84,7 +84,7 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
         reason = first_line(error)
         raise NoInput(
             f"open_clip model {name!r}", reason,
-            "Name a local open_clip directory, or NAME:PRETRAINED as open_clip lists them.",
+            "Name a local open_clip directory with --clip, or NAME:PRETRAINED as open_clip has it.",
         ) from None  # fmt: skip
     facts: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
     size = facts["size"] if isinstance(facts["size"], int) else facts["size"][0]

@@ -237,7 +237,8 @@ def outcome(summary: dict[str, Any]) -> list[str]:
     kept, pairs = summary["kept"], "pairs" in summary
     if kept is None:
         few = f"{summary['pairs']} pairs" if pairs else "the samples"
-        return [*lines, f"{few} are too few to hold some out: nobody watched"]
+        why = "to hold some out: whether the generator got worse was not watched"
+        return [*lines, f"{few} are too few {why}"]
     what = "pairs are ranked right" if pairs else "samples: so many desirable-undesirable pairs"
     lines.append(
         f"kept step {summary['kept_step']} of {summary['steps']}: "

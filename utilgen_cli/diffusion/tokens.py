@@ -22,6 +22,7 @@ from ..runtime.artefact import seal
 from ..runtime.checkpoint import save_tensors
 from ..runtime.errors import BadInput, NoInput
 from ..runtime.files import write_json
+from .policy import FACTS as POLICY
 
 if TYPE_CHECKING:
     from .load import LatentDiffusion
@@ -62,6 +63,8 @@ def read_index(path: Path) -> dict[str, Any]:
     """tokens/index.json, checked: `classes`, `tokens` and `folders` of one length."""
     file = path / INDEX
     if not file.is_file():
+        if (path / POLICY).exists():
+            raise NoInput(f"tokens {path}", "holds whole prompts", "Draw them with --policy.")
         raise NoInput(f"tokens {path}", f"has no {INDEX}", "Make it with utilgen invert.")
     try:
         index: dict[str, Any] = json.loads(file.read_text())

@@ -201,15 +201,19 @@ def _number(value: float | None) -> str:
 def _value(value: Row | None) -> Markup | None:
     if value is None:
         return None
-    auroc, curve = value["canary"]["auroc"], value["weight_curve"]
+    auroc, curve = value["canary"]["auroc"], value.get("weight_curve")
     told = None
     if auroc is not None:
         told = tag(
             "p", "Canary: real images with a planted false label score below true ones with AUROC "
             f"{auroc:.3f}.", class_="warn" if auroc < 0.9 else None,
         )  # fmt: skip
-    plot = plots.curve_plot(curve["loss"], curve["weight"], "loss of a sample",
-                            "learned weight", "Learned weight")  # fmt: skip
+    plot = None
+    if curve:
+        plot = plots.curve_plot(curve["loss"], curve["weight"], "loss of a sample",
+                                "learned weight", "Learned weight")  # fmt: skip
+    if told is None and plot is None:
+        return None
     return section("The learned weight function", told, plot,
                    note="Weight that the value model gives a sample, over its loss.")  # fmt: skip
 

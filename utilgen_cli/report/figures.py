@@ -95,6 +95,7 @@ def protocol_line(summary: Row) -> str:
     p, train = summary["protocol"], summary["protocol"]["train"]
     with_validation = " (validation images included in real)" if p["validation_as_train"] else ""
     return (
+        f"{', '.join(p['archs'])} on images of {p['image_size']} pixels; "
         f"{p['seeds']} seeds; {train['steps']} steps of batch {train['batch_size']} for every arm"
         f"{with_validation}; {percent(train['real_share'], 0)} % of a joint batch is real; "
         f"{p['selection']}; {summary['data']['test']['images']:,} test images read once"

@@ -227,22 +227,15 @@ class OutputDirectory:
             write_json(path, self.settings)
             return
         before = self._before()
-        names = sorted(
-            name
-            for name in {*before, *self.settings} - {MADE_IN}
-            if before.get(name) != self.settings.get(name)
-        )
-        if names and self._is_alone() and not self._made_anything():
+        changes = list(_changes({**before, MADE_IN: ""}, {**self.settings, MADE_IN: ""}))
+        if changes and self._is_alone() and not self._made_anything():
             self._empty()
             write_json(path, self.settings)
-        elif names:
-            change = ", ".join(
-                f"{n} was {before.get(n)!r}, now {self.settings.get(n)!r}" for n in names
-            )
+        elif changes:
             redo = "add --overwrite to redo it"
             if self.part is not None:
                 redo = "remove the directory once no part writes there"
-            why = f"was made with other settings ({change})"
+            why = f"was made with other settings ({', '.join(changes)})"
             raise UsageError(str(self.path), why, f"Name another -o, or {redo}.")
 
     def _is_alone(self) -> bool:
@@ -267,6 +260,16 @@ def _outlives(entry: Path) -> tuple[bool, ...]:
 def end_run(directory: Path) -> None:
     """The run has ended well: from now on --overwrite begins anew."""
     (directory / ANEW).unlink(missing_ok=True)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
+    """What differs between two settings, by name."""
+    for name in sorted({*before, *now}):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _changes(a, b, f"{above}{name}.")
+        elif a != b:
+            yield f"{above}{name} was {a!r}, now {b!r}"
 
 
 def _paths(value: Any) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from .sample import BadSample, Sample, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
 Numbered = tuple[int, Labelled]
+Packed = frozenset[tuple[str, str]]  # (class name, `file`) of images that lie in shards
 KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg",
          ".webp": "webp"}  # fmt: skip
 LAYOUT = "Lay images out as FOLDER/CLASS/*.jpg."
@@ -36,6 +37,7 @@ class ImageList:
     shots; `ignored` counts by suffix the files that are no image of a class.
     """
 
+    source: Path
     classes: list[str]
     images: list[Labelled] = field(default_factory=list)
     spare: dict[int, list[Path]] = field(default_factory=dict)
@@ -56,14 +58,26 @@ class ImageList:
         return {"ignored": dict(sorted(self.ignored.items()))} if self.ignored else {}
 
 
+def packed_before(samples: Iterable[Sample]) -> Packed:
+    """What the samples were packed from. BadSample: one was not made by `pack`."""
+    found = set()
+    for sample in samples:
+        name, file = (sample.facts.get(fact) for fact in ("class_name", "file"))
+        if not isinstance(name, str) or not isinstance(file, str):
+            raise sample.bad("its json does not say which file it was packed from")
+        found.add((name, file))
+    return frozenset(found)
+
+
 def list_images(
-    source: Path, shots: int | None = None, seed: int = 0, output: Path | None = None
-) -> ImageList:
+    source: Path, shots: int | None = None, seed: int = 0, output: Path | None = None,
+    without: Packed = frozenset(),
+) -> ImageList:  # fmt: skip
     """The images of each class, the classes in the order of their index.
 
     `source` is FOLDER with a folder a class (sorted by name), or a CSV with columns path and label
     (classes in order of first appearance; paths relative to the CSV). Nothing in the directory
-    `output` is looked at. NoInput, BadInput.
+    `output` is looked at, and images of `without` are passed over. NoInput, BadInput.
     """
     ignored: Counter[str] = Counter()
     if _is(source.is_dir):
@@ -72,12 +86,40 @@ def list_images(
         named = _from_csv(source)
     else:
         raise NoInput(str(source), "no such file or directory", "Name a folder or a CSV file.")
-    listed = ImageList(list(named), ignored=ignored)
+    if without:
+        named = _others(source, named, without)
+    listed = ImageList(source, list(named), ignored=ignored)
     for index, paths in enumerate(named.values()):
         if shots is not None and len(paths) > shots:
             paths, listed.spare[index] = _draw(paths, shots, f"{seed}/{index}")
         listed.images += [(index, path) for path in paths]
     return listed
+
+
+def _others(source: Path, named: dict[str, list[Path]], without: Packed) -> dict[str, list[Path]]:
+    """The images that are not in `without`. BadInput: all are, or a class has none left."""
+    others = {
+        name: [path for path in paths if (name, file_name(source, path)) not in without]
+        for name, paths in named.items()
+    }
+    if others == named:
+        why, advice = f"none of its images lies in {source}", "Name shards packed from there."
+        raise BadInput("--without", why, advice)
+    for name, paths in others.items():
+        if not paths:
+            raise BadInput(f"class {name}", "has no images but those of --without",
+                           "Add some, or pack fewer before.")  # fmt: skip
+    return others
+
+
+def file_name(source: Path, path: Path) -> str:
+    """What an image is called: its path in the folder of its class, or as the CSV has it."""
+    folder = _is(source.is_dir)
+    try:
+        parts = path.relative_to(source if folder else source.parent).parts
+    except ValueError:  # a CSV's absolute path
+        return _text(str(path))
+    return _text("/".join(parts[1:] if folder else parts))
 
 
 def _draw(paths: list[Path], shots: int, seed: str) -> tuple[list[Path], list[Path]]:
@@ -240,7 +282,7 @@ def _read(path: Path) -> bytes:
 
 
 def pack_images(
-    images: Iterable[Numbered], classes: list[str], size: int | None
+    images: Iterable[Numbered], listed: ImageList, size: int | None
 ) -> Iterator[Sample]:
     """A sample an image; with `size` re-encoded as a PNG of that side, else byte for byte."""
     for number, (label, path) in images:
@@ -249,5 +291,6 @@ def pack_images(
         if size is not None:
             members = {"png": encode_image(rgb), "cls": sample.members["cls"]}
             sample = Sample(sample.key, members, sample.origin)
-        facts = {"class_name": classes[label], "file": _text(path.name), "source": "pack"}
+        name, file = listed.classes[label], file_name(listed.source, path)
+        facts = {"class_name": name, "file": file, "source": "pack"}
         yield sample.with_member("json", encode_json(facts))

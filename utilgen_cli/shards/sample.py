@@ -90,10 +90,15 @@ class Sample:
         names = list(self.members)
         return ", ".join(names[:SHOWN]) + " and others" * (len(names) > SHOWN)
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for people."""
+        where = f"{self.origin}: " if self.origin else ""
+        return f"{where}sample {self.key}"
+
     def bad(self, why: str, reason: str = BadSample.reason) -> BadSample:
         """The error that says what is wrong with this sample and where it stands."""
-        where = f"{self.origin}: " if self.origin else ""
-        error = BadSample(f"{where}sample {self.key}", why, REMEDY)
+        error = BadSample(self.place, why, REMEDY)
         error.reason = reason
         return error
 

@@ -85,7 +85,7 @@ class SamplePool:
         score = score_of(sample)
         extension, image = sample.image
         facts = sample.facts
-        note_name(self._names, sample.key, sample.label, facts.get("class_name"))
+        note_name(self._names, sample.place, sample.label, facts.get("class_name"))
         head = {name: facts.get(name) for name in ("class_name", "prompt", "model")}
         features = score.get("features")
         about = {"key": sample.key, "extension": extension, "facts": head, "features": features}

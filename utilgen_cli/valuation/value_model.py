@@ -245,20 +245,21 @@ class _Votes:
 
 
 def load_value(
-    path: Path | str, device: torch.device | str = "cpu", force: bool = False
+    path: Path | str, device: torch.device | str = "cpu", force: bool = False, advice: str = ""
 ) -> ValueModel:
     """Read a value model.
 
     NoInput: no value.json there. BadInput: damaged or of another format. UtilgenError: its canary
-    shows that it ranks wrong labels above right ones (`force` takes it all the same).
+    shows that it ranks wrong labels above right ones (`force` takes it all the same; `advice` is
+    what a user can do besides training it anew).
     """
     directory = Path(path)
     facts = read_facts(directory)
     if verdict(facts["canary"]["auroc"]) == "inverted" and not force:
         raise UtilgenError(
             str(directory), f"ranks wrong labels above right ones (canary AUROC "
-            f"{facts['canary']['auroc']:.2f})", "Train it on more real images; "
-            "`value score --force` takes it all the same.",
+            f"{facts['canary']['auroc']:.2f})",
+            f"Train it on more real images, longer, or with another --arch. {advice}",
         )  # fmt: skip
     snapshots = read_snapshots(directory, facts["snapshots"])
     reference = {k: t.to(device) for k, t in _read_tensors(directory / REFERENCE).items()}
@@ -293,8 +294,8 @@ def is_sound(facts: dict[str, Any]) -> bool:
         files = [n for e in facts["snapshots"] for n in (e["weight_net"], *e["classifiers"])]
         figures = [facts["transform"]["size"], facts["duplicate_distance"]]
         auroc, names = facts["canary"]["auroc"], facts["classes"]
-        curve = facts["weight_curve"]
-        figures_shown = [*curve["loss"], *curve["weight"]]
+        curve = facts.get("weight_curve", {"loss": [], "weight": []})  # to look at alone
+        shown = [*curve["loss"], *curve["weight"]]
         return (
             type(names) is list
             and all(type(name) is str for name in names)
@@ -303,7 +304,7 @@ def is_sound(facts: dict[str, Any]) -> bool:
             and all(type(x) in (int, float) and 0 < x < 1e5 for x in figures)
             and (auroc is None or type(auroc) in (int, float))
             and len(curve["loss"]) == len(curve["weight"])
-            and all(type(x) in (int, float) for x in figures_shown)
+            and all(type(x) in (int, float) for x in shown)
         )
     except (KeyError, TypeError):
         return False
