@@ -48,6 +48,7 @@ stage eval --real "$data/real" --synthetic before=before-scored --synthetic afte
   -o eval --value value --report report.html "${smoke[@]}"
 
 cat last-output
-printf '\nCost of each stage on this machine:\n'
-cat costs.txt
+printf '\nCost of each stage on this machine (all runs of it together):\n'
+awk -F ' s: ' '!($2 in s) { order[++n] = $2 } { s[$2] += $1 }
+               END { for (i = 1; i <= n; i++) print s[order[i]] " s: " order[i] }' costs.txt
 printf '\nLook at %s/report.html\n' "$PWD"

@@ -16,9 +16,10 @@ from utilgen_cli.classification.arms import at_volume, build_arms
 from utilgen_cli.classification.clip import load_tower
 from utilgen_cli.classification.comparison import Comparison, Inputs, Protocol, compare_arms
 from utilgen_cli.classification.cost import generation_cost
-from utilgen_cli.classification.data import shuffled_batches
+from utilgen_cli.classification.data import concatenate, shuffled_batches
 from utilgen_cli.classification.models import load_classifier
 from utilgen_cli.classification.train import TrainConfig
+from utilgen_cli.report.table import render
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.files import write_json
@@ -308,6 +309,32 @@ def test_a_leak_is_reported(inputs: Inputs) -> None:
     leaks = compare_arms(leaky, replace(PROTOCOL, seeds=1)).summary["leaks"]
     assert leaks["validation"]["same_pixels"] == leaks["validation"]["same_key"] == 30
     assert leaks["real"]["same_pixels"] == 0
+
+
+def test_validation_images_that_are_trained_on_are_told(inputs: Inputs, tmp_path: Path) -> None:
+    both = concatenate([colour_images(6, seed=5), colour_images(4).subset([0, 1, 2])])
+    given = replace(inputs, validation=shards_of(tmp_path / "val", both))
+    summary = compare_arms(given, replace(PROTOCOL, seeds=1)).summary
+    assert summary["data"]["validation"]["also_real"] == 3
+    assert "validation: 3 images are real training images too" in render(summary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "as_train", "says"),
+    [
+        ({"validation": "real"}, False, "--val .*00000.tar: is named by --real too"),
+        ({"test": "real"}, False, "--test .*00000.tar: is named by --real too"),
+        ({"test": "good"}, False, "--test .*00000.tar: is named by --synthetic good too"),
+        ({"test": "validation"}, True, "--test .*00000.tar: is named by --val too"),
+    ],
+)
+def test_what_is_trained_on_is_not_tested_on(
+    inputs: Inputs, changes: dict[str, str], as_train: bool, says: str
+) -> None:
+    known = {"real": inputs.real, "validation": inputs.validation, **inputs.synthetic}
+    given = replace(inputs, **{name: known[other] for name, other in changes.items()})
+    with pytest.raises(UsageError, match=says):
+        compare_arms(given, replace(PROTOCOL, validation_as_train=as_train))
 
 
 def test_volumes_are_multiples_of_each_class(inputs: Inputs) -> None:

@@ -120,6 +120,16 @@ def test_sets_are_named_once_and_properly() -> None:
             named(wrong, "--synthetic")
 
 
+def test_an_unknown_architecture_is_refused_before_anything_is_read(
+    utilgen: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.tar").write_bytes(b"x" * 600)
+    done = utilgen(
+        "eval", "--real", "torn.tar", "--test", "torn.tar", "--arch", "resnet-50", check=False
+    )
+    assert (done.returncode, b"--arch resnet-50: unknown" in done.stderr) == (2, True)
+
+
 def test_inputs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     shards_of(tmp_path / "real", colour_images(1))
     real = str(tmp_path / "real")

@@ -113,6 +113,18 @@ def test_prompts_denoise_unseen_real_images_and_are_a_policy(utilgen: Run, tmp_p
     assert sorted(found) == sorted(2 * policy.classes)
 
 
+def test_prompts_are_no_tokens(utilgen: Run, tmp_path: Path) -> None:
+    shards = ("invert", DATA / "real", "-m", "tiny", "--smoke", "-q", "-o", "made")
+    utilgen(*shards, "--population", "2")
+    done = utilgen("generate", "-m", "tiny", "--tokens", "made", "-o", "out", check=False)
+    assert (done.returncode, b"holds whole prompts. Draw them with --policy" in done.stderr) == (
+        66,
+        True,
+    )
+    other = utilgen(*shards, "--population", "2", "--batch-size", "2", check=False)
+    assert b"(finetune.batch_size was 4, now 2)" in other.stderr
+
+
 def test_shots_are_dealt_out_to_the_prompts_of_their_class() -> None:
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 1])
     assert deal(labels, 2).tolist() == [0, 0, 1, 1, 0, 0, 1]

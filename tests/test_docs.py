@@ -59,6 +59,36 @@ def test_every_option_has_a_help_text() -> None:
             assert parameter.help, f"{name} {parameter.name}"
 
 
+def named_commands() -> list[tuple[str, str]]:
+    """(page, command line) of every utilgen command in the pages' blocks of code."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (page.name, part.strip())
+        for page in pages
+        for block in re.findall(
+            r"(?:^```sh\n.*?^```|(?:^ {4}.*\n)+)", page.read_text(), re.M | re.S
+        )
+        for line in re.sub(r"\\\n", " ", block).splitlines()
+        for part in line.split("#")[0].split("|")
+        if part.strip().startswith("utilgen ")
+    ]
+
+
+def test_the_commands_of_the_pages_can_be_typed() -> None:
+    """Every option that they use exists, with a value where it takes one."""
+    found, commands = named_commands(), built()
+    assert len(found) > 12
+    for page, line in found:
+        words = line.split()[1:]
+        name = " ".join(words[:2] if words[0] == "value" else words[:1])
+        options = {opt: p for p in commands[name].params for opt in p.opts + p.secondary_opts}
+        for i, word in enumerate(words):
+            if word.startswith("-") and word != "-":
+                assert word in options, f"{page}: {line}: {word}"
+                if not options[word].is_flag:
+                    assert not words[i + 1].startswith("--"), f"{page}: {line}: {word}"
+
+
 def test_a_command_loads_no_other() -> None:
     script = (
         "import sys; from utilgen_cli.app import main; sys.argv[1:] = ['view', 'missing/']\n"

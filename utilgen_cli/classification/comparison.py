@@ -18,13 +18,14 @@ from .. import __version__
 from ..runtime.errors import UsageError
 from ..runtime.output import OutputDirectory
 from ..runtime.progress import Progress, silent
+from ..shards.operands import refuse_shared
 from .analysis import Analyst
 from .arms import REAL, Arm, build_arms, digest_images, digest_shards
 from .batches import stored_side
 from .cost import generation_cost
 from .data import LabelledImages, agree, check_labels, load_images
 from .evaluation import Run, Trainer, judge_runs, plan_runs, results, train_runs
-from .leaks import Prints, find_leaks
+from .leaks import Prints, find_leaks, pixel_digests
 from .summary import summarise
 from .team import Team
 from .towers import Towers
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ..shards.operands import Source
 
 SCHEMA = "utilgen.eval/1"
+APART = "Divide the images, e.g. by `utilgen pack --without`."
 
 
 @dataclass
@@ -105,6 +107,7 @@ def _compare(
     inputs: Inputs, protocol: Protocol, directory: Path, test_hash: str, team: Team,
     progress: Progress,
 ) -> Comparison | None:  # fmt: skip
+    _refuse_shared(inputs, protocol.validation_as_train)
     size = protocol.image_size
     side = stored_side(protocol.config.augmentation, size)
     real = load_images(inputs.real, side, progress=progress)
@@ -145,6 +148,11 @@ def _compare(
     prints = Prints.of(test)
     sets = {"real": real, "validation": validation, **synthetic}
     leaks = {name: find_leaks(data, prints) for name, data in sets.items() if data is not None}
+    facts = _data_facts(inputs, {**sets, "test": test}, test_hash)
+    if validation is not None:
+        known = set(pixel_digests(real.images))
+        twice = sum(digest in known for digest in pixel_digests(validation.images))
+        facts["validation"]["also_real"] = twice
     influence = {
         name: dict(zip(synthetic[name].keys, a["influence"].pop("values"), strict=True))
         for name, a in analyses.items()
@@ -155,7 +163,7 @@ def _compare(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "protocol": _protocol_facts(protocol) | {"processes_a_run": together},
-        "data": _data_facts(inputs, {**sets, "test": test}, test_hash),
+        "data": facts,
         "leaks": leaks,
         **summarise(list(results(runs, directory)), real.classes, protocol.baseline),
         "synthetic": _synthetic_facts(inputs, synthetic, analyses, protocol.price_per_hour),
@@ -204,6 +212,21 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
         )  # fmt: skip
     if protocol.validation_as_train and validation is None:
         raise UsageError("--val-as-train", "needs --val", "Name the validation shards.")
+
+
+def _refuse_shared(inputs: Inputs, validation_as_train: bool) -> None:
+    """Nothing is tested or validated on images that it is trained on."""
+    real, test = ("--real", inputs.real), ("--test", inputs.test)
+    trained = [
+        real,
+        *((f"--synthetic {name}", source) for name, source in inputs.synthetic.items()),
+    ]
+    if inputs.validation is not None:
+        validation = ("--val", inputs.validation)
+        refuse_shared(validation, real, APART)
+        trained += [validation] if validation_as_train else []
+    for each in trained:
+        refuse_shared(test, each, APART)
 
 
 def _check_share(config: TrainConfig) -> None:

@@ -87,6 +87,8 @@ def leak_lines(summary: Row) -> list[str]:
         found = [f"{leak[kind]} {words}" for kind, words in kinds if leak[kind]]
         if found:
             lines.append(f"{name}: {', '.join(found)} of test images among {leak['n']}")
+    if twice := summary["data"].get("validation", {}).get("also_real"):
+        lines.append(f"validation: {twice} images are real training images too, and tell less")
     return lines
 
 

@@ -108,6 +108,14 @@ def open_source(
     return Source(tuple(paths), quarantine)
 
 
+def refuse_shared(first: tuple[str, Source], second: tuple[str, Source], advice: str) -> None:
+    """UsageError where two (option, source) that must differ name a shard both."""
+    (option, a), (other, b) = first, second
+    known = {path.resolve() for path in b.shards()}
+    if both := next((path for path in a.shards() if path.resolve() in known), None):
+        raise UsageError(f"{option} {both}", f"is named by {other} too", advice)
+
+
 def _expand(name: str, whole: bool) -> list[Path]:
     path = Path(name)
     if name == "-":
