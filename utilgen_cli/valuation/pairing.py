@@ -117,7 +117,9 @@ class PairingReport:
         missing = [f"no pair in {c.name}: {c.why_none}" for c in classes if not c.pairs]
         if len(missing) > SHOWN:
             missing[SHOWN:] = [f"no pair in {len(missing) - SHOWN} more classes: see --json"]
-        return [f"{first} ({counts})" if counts else first, *missing]
+        if total:
+            first += f" ({counts}); winners' utility {self.margin / total:.2g} higher on average"
+        return [first, *missing]
 
 
 def pair_samples(
