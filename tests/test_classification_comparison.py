@@ -329,12 +329,26 @@ def test_validation_images_that_are_trained_on_are_told(inputs: Inputs, tmp_path
     ],
 )
 def test_what_is_trained_on_is_not_tested_on(
-    inputs: Inputs, changes: dict[str, str], as_train: bool, says: str
+    inputs: Inputs, changes: dict[str, str], as_train: bool, says: str, tmp_path: Path
 ) -> None:
+    """Said before `overwrite` empties anything."""
+    (tmp_path / "settings.json").write_text('{"command": "eval"}')
+    (tmp_path / "run.json").write_text("{}")
     known = {"real": inputs.real, "validation": inputs.validation, **inputs.synthetic}
     given = replace(inputs, **{name: known[other] for name, other in changes.items()})
     with pytest.raises(UsageError, match=says):
-        compare_arms(given, replace(PROTOCOL, validation_as_train=as_train))
+        compare_arms(
+            given, replace(PROTOCOL, validation_as_train=as_train), tmp_path, overwrite=True
+        )
+    assert (tmp_path / "run.json").exists()
+
+
+def test_the_test_set_selects_no_step(inputs: Inputs) -> None:
+    assert inputs.validation is not None
+    given = replace(inputs, test=inputs.validation)
+    config = replace(PROTOCOL.config, validate_every=2)
+    with pytest.raises(UsageError, match="is named by --val too"):
+        compare_arms(given, replace(PROTOCOL, config=config))
 
 
 def test_volumes_are_multiples_of_each_class(inputs: Inputs) -> None:

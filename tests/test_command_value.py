@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 
@@ -43,6 +44,14 @@ def test_score_streams_a_tar_that_tarfile_reads(world, utilgen):
     assert [n.split(".", 1)[1] for n in names[:4]] == ["png", "cls", "json", "utility.json"]
     assert len(names) == 4 * 30
     assert facts["method"] == "weight-net" and 0 <= facts["utility"] <= 1
+
+
+def test_real_shards_validate_nothing_and_no_model_is_lost_for_it(world, utilgen, tmp_path):
+    shutil.copytree(world / "value", tmp_path / "value")
+    args = ("value", "train", "--real", world / "real", "--val", world / "real", "-o", "value")
+    done = utilgen(*args, "--overwrite", check=False)
+    assert done.returncode == 2 and b"is named by --real too. Leave --val out" in done.stderr
+    assert (tmp_path / "value" / "value.json").exists()
 
 
 def test_score_maps_shards_and_resumes(world, utilgen, tmp_path):

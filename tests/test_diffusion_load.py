@@ -508,6 +508,9 @@ def test_classes_come_from_shards(tmp_path: Path) -> None:
             parse_classes(shards((0, "bag"), (second, "dress")))
     with pytest.raises(UsageError, match="'bag' twice"):
         parse_classes(shards((0, "bag"), (1, "bag")))
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"directory without shards.*photos,` for a class"):
+        parse_classes(f"{tmp_path}/photos")
     for missing in (f"{tmp_path}/gone/", f"{tmp_path}/gone.tar"):
         with pytest.raises(NoInput, match="no such file"):
             parse_classes(missing)

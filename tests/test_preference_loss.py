@@ -226,10 +226,6 @@ def test_public_scripts_agree_under_their_own_beta(w: float, l: float, beta: flo
         assert float(ours) == pytest.approx(public, rel=1e-9, abs=1e-12)
 
 
-def test_ours_of_2500_is_the_authors_5000() -> None:
-    assert beta_to_public(2500.0) == 5000.0
-
-
 @given(errors, errors, st.floats(1, 100))
 def test_ipo_is_beta_squared_times_its_paper(w: float, l: float, beta: float) -> None:  # noqa: E741
     h = l - w

@@ -241,7 +241,7 @@ def test_one_folder_is_divided_without_an_image_in_two_parts(
     assert b"of 2 classes: cat, dog\n" in done.stderr
     parts = [
         {
-            (s.facts["class_name"], s.facts["file"])
+            (s.facts["class_name"], s.facts["path"])
             for s in open_source([str(tmp_path / p)]).samples()
         }
         for p in ("real", "val", "test")
@@ -256,9 +256,25 @@ def test_one_folder_is_divided_without_an_image_in_two_parts(
 def test_shards_that_nothing_is_left_without_are_refused(utilgen: Run, tmp_path: Path) -> None:
     photos(tmp_path, *(f"{folder}/cat/{name}.png" for folder, name in (("a", 1), ("b", 2))))
     utilgen("pack", "a", "-o", "shards")
-    for folder, why in (("a", b"class cat: has no images but"), ("b", b"of its images lies in b")):
+    photos(tmp_path, "c/cat/1.png", "c/cat/2.png")
+    utilgen("pack", "c", "-o", "both")
+    (tmp_path / "c" / "cat" / "1.png").unlink()
+    done = utilgen("pack", "c", "--without", "both", "-o", "more", check=False)
+    assert done.returncode == 65 and b"'1.png' of class cat is not in c" in done.stderr
+    for folder, why in (
+        ("a", b"class cat: has no images but"),
+        ("b", b"'1.png' of class cat is not in b"),
+    ):
         done = utilgen("pack", folder, "--without", "shards", "-o", "more", check=False)
         assert done.returncode == 65 and why in done.stderr
     utilgen("generate", "-m", "tiny", "--smoke", "-o", "drawn")
     done = utilgen("pack", "a", "--without", "drawn", "-o", "more", check=False)
-    assert done.returncode == 65 and b"which file it was packed from" in done.stderr
+    assert done.returncode == 65 and b"which path it was packed from" in done.stderr
+
+
+def test_the_folder_that_one_stands_in_is_divided(utilgen: Run, tmp_path: Path) -> None:
+    """The shards lie in it, and are no class."""
+    photos(tmp_path, *(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(3)))
+    utilgen("pack", ".", "--shots", "2", "-o", "real")
+    done = utilgen("pack", ".", "--without", "real", "-o", "val")
+    assert b"packed 2 images of 2 classes: cat, dog" in done.stderr

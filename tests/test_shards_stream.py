@@ -279,7 +279,16 @@ def test_operands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{a,b{1,2}}.tar", "run{1}/{000..002}.tar", "a{1..010}.tar", "{a..c}.tar", "x{.tar", "{2..0}"],
+    [
+        "{a,b{1,2}}.tar",
+        "run{1}/{000..002}.tar",
+        "a{1..010}.tar",
+        "{a..c}.tar",
+        "x{.tar",
+        "a}b{1,2}.tar",
+        "x{y{1..2}",
+        "{2..0}",
+    ],
 )
 def test_braces_are_expanded_as_bash_expands_them(pattern: str) -> None:
     echo = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, check=True)

@@ -34,6 +34,11 @@ def test_the_chain_of_jobs_is_the_golden_one(bash: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     jobs = (tmp_path / "jobs.txt").read_text().replace(str(SLURM / "stage.sbatch"), "STAGE")
     assert jobs == (ROOT / "tests" / "golden" / "slurm_submit.txt").read_text()
+    (tmp_path / "jobs.txt").unlink()
+    chosen = "CLASSIFIER='--arch resnet50 --size 64'"
+    bash(f"{chosen} PATH=$PWD/bin:$PATH bash {SLURM}/submit.sh sd21 real val test 4 20")
+    own = [line for line in (tmp_path / "jobs.txt").read_text().splitlines() if "--size 64" in line]
+    assert [line.split("sbatch ")[-1].split()[0] for line in own] == ["value", "eval"]
 
 
 def test_every_option_of_the_chain_exists(utilgen: Run) -> None:

@@ -93,6 +93,7 @@ def compare_arms(
     torchrun the processes share the runs out, or with `data_parallel` every batch; all but the
     first return None.
     """
+    _refuse_shared(inputs, protocol)
     team = Team.join(directory)
     with ExitStack() as stack:
         test_hash = digest_shards(inputs.test.shards())
@@ -107,7 +108,6 @@ def _compare(
     inputs: Inputs, protocol: Protocol, directory: Path, test_hash: str, team: Team,
     progress: Progress,
 ) -> Comparison | None:  # fmt: skip
-    _refuse_shared(inputs, protocol.validation_as_train)
     size = protocol.image_size
     side = stored_side(protocol.config.augmentation, size)
     real = load_images(inputs.real, side, progress=progress)
@@ -214,8 +214,9 @@ def _check_protocol(protocol: Protocol, validation: LabelledImages | None, team:
         raise UsageError("--val-as-train", "needs --val", "Name the validation shards.")
 
 
-def _refuse_shared(inputs: Inputs, validation_as_train: bool) -> None:
-    """Nothing is tested or validated on images that it is trained on."""
+def _refuse_shared(inputs: Inputs, protocol: Protocol) -> None:
+    """Nothing is tested or validated on images that it is trained on, or tested on those that it is
+    selected by."""
     real, test = ("--real", inputs.real), ("--test", inputs.test)
     trained = [
         real,
@@ -224,7 +225,8 @@ def _refuse_shared(inputs: Inputs, validation_as_train: bool) -> None:
     if inputs.validation is not None:
         validation = ("--val", inputs.validation)
         refuse_shared(validation, real, APART)
-        trained += [validation] if validation_as_train else []
+        if protocol.validation_as_train or protocol.config.validate_every:
+            trained.append(validation)
     for each in trained:
         refuse_shared(test, each, APART)
 

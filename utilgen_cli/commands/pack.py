@@ -52,8 +52,10 @@ def pack(
     from .streams import report, run_source
 
     aside = quarantine_of(on_error)
-    before = packed_before(open_source(without).samples()) if without else frozenset()
-    listed = list_images(folder, shots, seed, None if output == "-" else Path(output), before)
+    before = [packed_before(open_source([each]).samples()) for each in without or ()]
+    beside = [Path(name) for each in without or () for name in expand_braces(each)]
+    made = [] if output == "-" else [Path(output)]
+    listed = list_images(folder, shots, seed, [*beside, *made], before)
     images, classes = readable(listed, aside), listed.classes
     settings: dict[str, Any] = {
         "folder": str(folder), "size": size, "shots": shots, "seed": seed,
@@ -61,7 +63,7 @@ def pack(
         "contents": listing_digest(listed, images), **aside.settings(),
     }  # fmt: skip
     if without:
-        settings["without"] = [Path(n) for each in without for n in expand_braces(each)]
+        settings["without"] = beside
     run_source(
         lambda part: pack_images(part, listed, size), images, output, "pack",
         settings, overwrite, shard_size,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import UsageError, printable
 from ..runtime.progress import Progress
 from ..runtime.ranks import one_process
-from ..shards.operands import expand_braces, open_source
+from ..shards.operands import expand_braces, open_source, refuse_shared
 from ..shards.sample import Sample
 from .streams import SHARE, Listing, Tallies, report, run_filter, run_reduction
 
@@ -64,6 +64,10 @@ def train_into(
         kind: [Path(one) for name in names for one in expand_braces(name)]
         for kind, names in inputs.items()
     }
+    if inputs["val"]:
+        advice = "Leave --val out: --real is validated on, fold by fold, all the same."
+        real, val = (open_source(inputs[kind]) for kind in ("real", "val"))
+        refuse_shared(("--val", val), ("--real", real), advice)
     settings = {**config.facts(), **read, "seed": seed, "size": size,
                 "arch files": tower_files(config.arch), **aside.settings()}  # fmt: skip
     with OutputDirectory(output, "value train", settings, overwrite) as out:

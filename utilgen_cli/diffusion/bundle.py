@@ -265,6 +265,9 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     """
     if text is None:
         return None
+    if os.path.isdir(text) and not list(Path(text).glob("*.tar")):  # noqa: PTH112
+        advice = f"Name the real shards, or write `{text},` for a class of that name."
+        raise UsageError(f"--classes {text}", "is a directory without shards", advice)
     if shards := os.path.isdir(text) or text.endswith(".tar"):  # noqa: PTH112
         names = class_names(open_source([text]).samples(), text)
     elif os.path.isfile(text):  # noqa: PTH113  (a comma list may be too long for a path)

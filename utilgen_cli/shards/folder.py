@@ -9,7 +9,7 @@ import os
 import random
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from .sample import BadSample, Sample, numbered_key
 
 Labelled = tuple[int, Path]  # (class index, image file)
 Numbered = tuple[int, Labelled]
-Packed = frozenset[tuple[str, str]]  # (class name, `file`) of images that lie in shards
+Packed = frozenset[tuple[str, str]]  # (class name, `path`) of images that lie in shards
 KINDS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg",
          ".webp": "webp"}  # fmt: skip
 LAYOUT = "Lay images out as FOLDER/CLASS/*.jpg."
@@ -31,7 +31,7 @@ COLUMNS = "Give columns path and label, a row an image."
 
 @dataclass
 class ImageList:
-    """What is to be packed, and what was seen beside it.
+    """What is to be packed, and what was seen beside it. `written`: how a CSV writes its paths.
 
     `spare` has each class's images that were not drawn, in the order in which they replace bad
     shots; `ignored` counts by suffix the files that are no image of a class.
@@ -41,6 +41,7 @@ class ImageList:
     classes: list[str]
     images: list[Labelled] = field(default_factory=list)
     spare: dict[int, list[Path]] = field(default_factory=dict)
+    written: dict[Path, str] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str | None:
@@ -62,33 +63,34 @@ def packed_before(samples: Iterable[Sample]) -> Packed:
     """What the samples were packed from. BadSample: one was not made by `pack`."""
     found = set()
     for sample in samples:
-        name, file = (sample.facts.get(fact) for fact in ("class_name", "file"))
-        if not isinstance(name, str) or not isinstance(file, str):
-            raise sample.bad("its json does not say which file it was packed from")
-        found.add((name, file))
+        name, path = (sample.facts.get(fact) for fact in ("class_name", "path"))
+        if not isinstance(name, str) or not isinstance(path, str):
+            raise sample.bad("its json does not say which path it was packed from")
+        found.add((name, path))
     return frozenset(found)
 
 
 def list_images(
-    source: Path, shots: int | None = None, seed: int = 0, output: Path | None = None,
-    without: Packed = frozenset(),
+    source: Path, shots: int | None = None, seed: int = 0, beside: Iterable[Path] = (),
+    without: Sequence[Packed] = (),
 ) -> ImageList:  # fmt: skip
     """The images of each class, the classes in the order of their index.
 
     `source` is FOLDER with a folder a class (sorted by name), or a CSV with columns path and label
-    (classes in order of first appearance; paths relative to the CSV). Nothing in the directory
-    `output` is looked at, and images of `without` are passed over. NoInput, BadInput.
+    (classes in order of first appearance; paths relative to the CSV). Nothing in a directory
+    of `beside` is looked at, and images of `without` are passed over. NoInput, BadInput.
     """
     ignored: Counter[str] = Counter()
+    written: dict[Path, str] = {}
     if _is(source.is_dir):
-        named = _from_folder(source, output and output.resolve(), ignored)
+        named = _from_folder(source, {path.resolve() for path in beside}, ignored)
     elif _is(source.is_file):
-        named = _from_csv(source)
+        named = _from_csv(source, written)
     else:
         raise NoInput(str(source), "no such file or directory", "Name a folder or a CSV file.")
+    listed = ImageList(source, list(named), ignored=ignored, written=written)
     if without:
-        named = _others(source, named, without)
-    listed = ImageList(source, list(named), ignored=ignored)
+        named = _others(listed, named, without)
     for index, paths in enumerate(named.values()):
         if shots is not None and len(paths) > shots:
             paths, listed.spare[index] = _draw(paths, shots, f"{seed}/{index}")
@@ -96,15 +98,22 @@ def list_images(
     return listed
 
 
-def _others(source: Path, named: dict[str, list[Path]], without: Packed) -> dict[str, list[Path]]:
-    """The images that are not in `without`. BadInput: all are, or a class has none left."""
+def _others(
+    listed: ImageList, named: dict[str, list[Path]], without: Sequence[Packed]
+) -> dict[str, list[Path]]:
+    """The images that are in none of `without`. BadInput: one was packed from elsewhere, or a class
+    has none left."""
+    called = {(name, path_in(listed, path)) for name, paths in named.items() for path in paths}
+    for packed in without:
+        if unknown := sorted(packed - called):
+            name, path = unknown[0]
+            why = f"{path!r} of class {name} is not in {listed.source}"
+            raise BadInput("--without", why, "Name shards packed from there, as it is now.")
+    left_out = frozenset().union(*without)
     others = {
-        name: [path for path in paths if (name, file_name(source, path)) not in without]
+        name: [path for path in paths if (name, path_in(listed, path)) not in left_out]
         for name, paths in named.items()
     }
-    if others == named:
-        why, advice = f"none of its images lies in {source}", "Name shards packed from there."
-        raise BadInput("--without", why, advice)
     for name, paths in others.items():
         if not paths:
             raise BadInput(f"class {name}", "has no images but those of --without",
@@ -112,14 +121,11 @@ def _others(source: Path, named: dict[str, list[Path]], without: Packed) -> dict
     return others
 
 
-def file_name(source: Path, path: Path) -> str:
-    """What an image is called: its path in the folder of its class, or as the CSV has it."""
-    folder = _is(source.is_dir)
-    try:
-        parts = path.relative_to(source if folder else source.parent).parts
-    except ValueError:  # a CSV's absolute path
-        return _text(str(path))
-    return _text("/".join(parts[1:] if folder else parts))
+def path_in(listed: ImageList, path: Path) -> str:
+    """What tells an image from others of its class: its path in the folder of the class, or as the
+    CSV has it."""
+    text = listed.written.get(path) or "/".join(path.relative_to(listed.source).parts[1:])
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _draw(paths: list[Path], shots: int, seed: str) -> tuple[list[Path], list[Path]]:
@@ -140,18 +146,18 @@ def _is(question: Callable[[], bool]) -> bool:
         return error.errno != errno.ENAMETOOLONG
 
 
-def _from_folder(folder: Path, own: Path | None, ignored: Counter[str]) -> dict[str, list[Path]]:
+def _from_folder(folder: Path, beside: set[Path], ignored: Counter[str]) -> dict[str, list[Path]]:
     """The images of each class folder; the other files go into `ignored`."""
     named = {}
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     ignored.update(_suffix(p) for p in entries if not _is(p.is_dir))
     for directory in (p for p in entries if _is(p.is_dir)):
-        files = sorted(_files(directory, own))
+        files = sorted(_files(directory, beside))
         images = [p for p in files if _suffix(p) in KINDS]
         ignored.update(_suffix(p) for p in files if _suffix(p) not in KINDS)
         if images:
             named[_class_name(directory)] = images
-        elif own is None or not own.is_relative_to(directory.resolve()):
+        elif not any(path.is_relative_to(directory.resolve()) for path in beside):
             raise BadInput(str(directory), "a class without images",
                            "Add some (PNG, JPEG or WebP), or remove it.")  # fmt: skip
     if not named:
@@ -159,10 +165,10 @@ def _from_folder(folder: Path, own: Path | None, ignored: Counter[str]) -> dict[
     return named
 
 
-def _files(directory: Path, own: Path | None) -> Iterator[Path]:
-    """All files below that neither are hidden nor lie in a hidden folder or in `own`; a folder that
-    links lead to again is read once."""
-    seen = {own}
+def _files(directory: Path, beside: set[Path]) -> Iterator[Path]:
+    """All files below that neither are hidden nor lie in a hidden folder or in `beside`; a folder
+    that links lead to again is read once."""
+    seen = {*beside}
     for place, folders, names in os.walk(directory, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if (here := Path(place).resolve()) in seen:
@@ -187,7 +193,7 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _from_csv(path: Path) -> dict[str, list[Path]]:
+def _from_csv(path: Path, written: dict[Path, str]) -> dict[str, list[Path]]:
     named: dict[str, list[Path]] = {}
     for number, row in enumerate(_rows(path), 2):
         if not row.get("path") or not row.get("label"):
@@ -198,6 +204,7 @@ def _from_csv(path: Path) -> dict[str, list[Path]]:
             raise NoInput(f"{path} line {number}", f"{row['path']} does not exist",
                           "Paths count from the CSV's folder.")  # fmt: skip
         named.setdefault(row["label"], []).append(image)
+        written[image] = row["path"]
     if not named:
         raise BadInput(str(path), "no rows", COLUMNS)
     return named
@@ -291,6 +298,8 @@ def pack_images(
         if size is not None:
             members = {"png": encode_image(rgb), "cls": sample.members["cls"]}
             sample = Sample(sample.key, members, sample.origin)
-        name, file = listed.classes[label], file_name(listed.source, path)
-        facts = {"class_name": name, "file": file, "source": "pack"}
+        facts = {
+            "class_name": listed.classes[label], "file": _text(path.name),
+            "path": path_in(listed, path), "source": "pack",
+        }  # fmt: skip
         yield sample.with_member("json", encode_json(facts))

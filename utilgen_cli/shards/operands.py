@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,12 +140,18 @@ def _expand(name: str, whole: bool) -> list[Path]:
 
 def expand_braces(pattern: str) -> list[str]:
     """`a{000..002}.tar` and `{a,b}.tar` as shells and webdataset expand them."""
-    if Path(pattern).exists():
-        return [pattern]
+    return [pattern] if Path(pattern).exists() else _expanded(pattern)
+
+
+def _expanded(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern, escape=False))
-    except ValueError:  # a brace alone is a name's
-        return [pattern]
+    except ValueError:  # a brace that is alone belongs to the name: what is whole is expanded
+        head, *rest = re.split(r"(\{[^{}]*\})", pattern, maxsplit=1)
+        if not rest:
+            return [pattern]
+        group, tail = rest
+        return [head + part + end for part in _expanded(group) for end in _expanded(tail)]
 
 
 def parse_part(spec: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from ..classification.data import agree, concatenate, load_images
 from ..classification.models import build_classifier
 from ..runtime.progress import Progress, silent
 from ..shards.images import shorter_side
-from ..shards.operands import Source, open_source, refuse_shared
+from ..shards.operands import Source, open_source
 from ..shards.quarantine import Quarantine
 from .training import ValueData
 
@@ -37,9 +37,6 @@ def load_value_data(
 ) -> ValueData:
     """Read all sets with the classes of `real`; BadInput where another set disagrees with them."""
     source = open_source(real, quarantine)
-    if validation:
-        advice = "Leave --val out: --real is validated on, fold by fold, all the same."
-        refuse_shared(("--val", open_source(validation, quarantine)), ("--real", source), advice)
     # Two classes will do to learn the side of the images that the architecture is built for.
     side = build_classifier(arch, 2, size or native_size(source)).transform["size"]
     first = load_images(source, side, None, progress)

@@ -302,9 +302,9 @@ def is_sound(facts: dict[str, Any]) -> bool:
             and bool(files)
             and all(re.fullmatch(r"([\w-]+/)?[\w-]+\.safetensors", n) for n in files)
             and all(type(x) in (int, float) and 0 < x < 1e5 for x in figures)
-            and (auroc is None or type(auroc) in (int, float))
+            and (auroc is None or (type(auroc) in (int, float) and 0 <= auroc <= 1))
             and len(curve["loss"]) == len(curve["weight"])
-            and all(type(x) in (int, float) for x in shown)
+            and all(type(x) in (int, float) and abs(x) < 1e38 for x in shown)
         )
     except (KeyError, TypeError):
         return False
