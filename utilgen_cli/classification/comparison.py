@@ -148,11 +148,6 @@ def _compare(
     prints = Prints.of(test)
     sets = {"real": real, "validation": validation, **synthetic}
     leaks = {name: find_leaks(data, prints) for name, data in sets.items() if data is not None}
-    facts = _data_facts(inputs, {**sets, "test": test}, test_hash)
-    if validation is not None:
-        known = set(pixel_digests(real.images))
-        twice = sum(digest in known for digest in pixel_digests(validation.images))
-        facts["validation"]["also_real"] = twice
     influence = {
         name: dict(zip(synthetic[name].keys, a["influence"].pop("values"), strict=True))
         for name, a in analyses.items()
@@ -163,7 +158,7 @@ def _compare(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "protocol": _protocol_facts(protocol) | {"processes_a_run": together},
-        "data": facts,
+        "data": _data_facts(inputs, {**sets, "test": test}, test_hash),
         "leaks": leaks,
         **summarise(list(results(runs, directory)), real.classes, protocol.baseline),
         "synthetic": _synthetic_facts(inputs, synthetic, analyses, protocol.price_per_hour),
@@ -277,7 +272,7 @@ def _data_facts(
 ) -> dict[str, Any]:
     sources = {"real": inputs.real, "validation": inputs.validation, **inputs.synthetic}
     hashes = {name: digest_shards(s.shards()) for name, s in sources.items() if s is not None}
-    return {
+    facts: dict[str, Any] = {
         name: {
             "images": len(data),
             "per_class": torch.bincount(data.labels, minlength=len(data.classes)).tolist(),
@@ -286,6 +281,12 @@ def _data_facts(
         for name, data in sets.items()
         if data is not None
     }
+    real, validation = sets["real"], sets["validation"]
+    if real is not None and validation is not None:
+        known = set(pixel_digests(real.images))
+        twice = sum(digest in known for digest in pixel_digests(validation.images))
+        facts["validation"]["also_real"] = twice
+    return facts
 
 
 def _synthetic_facts(

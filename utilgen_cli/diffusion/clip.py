@@ -81,9 +81,8 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> ClipModel:
             )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(identifier)
     except Exception as error:  # open_clip, the hub and the file system each raise their own
-        reason = first_line(error)
         raise NoInput(
-            f"open_clip model {name!r}", reason,
+            f"open_clip model {name!r}", first_line(error),
             "Name a local open_clip directory with --clip, or NAME:PRETRAINED as open_clip has it.",
         ) from None  # fmt: skip
     facts: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
