@@ -149,6 +149,19 @@ def test_adapters_draw_what_they_draw_in_diffusers(
     assert (draw(model) - theirs).abs().max() < 0.1
 
 
+def test_a_lora_that_is_small_beside_its_weights_survives_in_half_precision(
+    bundle: Path, adapters: dict[str, Path]
+) -> None:
+    """The merged weights are those of float32, rounded once."""
+    merged = load_model(str(bundle), adapters=[adapters["both"]], fuse=True)
+    half = load_model(str(bundle), adapters=[adapters["both"]], dtype=torch.bfloat16, fuse=True)
+    assert half.dtype == half.unet.dtype == half.vae.dtype == torch.bfloat16
+    for part in ("unet", "text_encoder"):
+        wide, narrow = (getattr(model, part).state_dict() for model in (merged, half))
+        for name, weight in wide.items():
+            assert torch.equal(weight.to(narrow[name].dtype), narrow[name]), (part, name)
+
+
 def test_a_whole_pipeline_as_adapter_replaces_the_unet(
     bundle: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from ..runtime.errors import BadInput, UsageError
 from ..runtime.files import encode_json
 from ..runtime.progress import Progress, silent
 from ..shards.sample import Sample, numbered_key
-from .adapters import fuse_adapters, other_adapters, rounds_away
+from .adapters import other_adapters, rounds_away
 from .bundle import find_model, model_files, read_defaults
 from .class_adapters import acting
 from .ddim import SAMPLERS, check_steps, initial_noise, sample
@@ -123,7 +123,7 @@ class Generator:
         self.unnamed = unnamed_classes(config)
         self.model = load_model(
             config.model, device=device, dtype=dtype, tokens=config.tokens,
-            adapters=config.adapters,
+            adapters=config.adapters, fuse=True,
         )  # fmt: skip
         self.steps = config.steps or self.model.steps
         check_steps(self.model.scheduler, self.steps)
@@ -138,7 +138,6 @@ class Generator:
                 why = f"steps and inverts with DDIM, not {config.sampler}"
                 raise UsageError(f"policy {config.policy}", why, "Leave --sampler out.")
         with quiet_libraries(), torch.no_grad():
-            fuse_adapters(self.model)
             self._encode()
         if self.policy is None:
             self.model.refuse_cut(self.prompts, config.prompt)

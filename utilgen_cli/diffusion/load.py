@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UsageError
-from .adapters import add_adapters
+from .adapters import add_adapters, fuse_adapters
 from .bundle import (
     check_fit,
     check_prediction,
@@ -139,20 +139,27 @@ def load_model(
     unet_dtype: torch.dtype | None = None,
     tokens: Path | None = None,
     adapters: Sequence[Path] = (),
+    fuse: bool = False,
 ) -> LatentDiffusion:
     """Load `tiny`, `sd15`, `sd21-base`, `sd21`, a hub id or a diffusers directory, frozen.
 
     `tokens` is a directory that `invert` wrote; `adapters` are LoRA directories, stacked in order,
     or (first) a full pipeline directory, whose U-Net replaces the model's. `unet_dtype` is that
     of a U-Net to be trained as a whole: below float32 the small steps of a round would be lost.
+    `fuse` merges the LoRAs into the weights, in float32: what is smaller than half of the last bit
+    of a weight in bf16 would be lost, whatever it adds up to over all weights.
     Raises NoInput when something is not there or cannot be reached, BadInput when it does not fit.
     """
     device = torch.device(device)
     with quiet_libraries():
-        model = _load_bundle(name, find_model(name), device, dtype, unet_dtype or dtype)
+        kept = torch.float32 if fuse and adapters else dtype
+        model = _load_bundle(name, find_model(name), device, kept, unet_dtype or kept)
+        model.dtype = dtype
         if tokens is not None:
             add_tokens(model, tokens)
         add_adapters(model, [Path(adapter) for adapter in adapters])
+        if fuse:
+            fuse_adapters(model)
         for module in (model.unet, model.vae, model.text_encoder):
             kind = unet_dtype or dtype if module is model.unet else dtype
             module.to(device=device, dtype=kind).requires_grad_(False).eval()
