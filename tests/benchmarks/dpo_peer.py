@@ -6,8 +6,9 @@ The script is run as it is, from examples/research_projects/diffusion_dpo of hug
 it needs datasets, wandb, tensorboard and pyarrow. The model is Stable Diffusion 2.1 with random
 weights and every width divided by --divide (1: its true size). Both sides run as processes of their own, in turn; a step's
 time is the difference of a long and a short run, so that start-up does not count (with our
-encoding of every image, once), one look at the held-out pairs does. On a machine that others use,
-the processor time of one thread is what an idle machine's clock would show.
+encoding of every image, once), one look at the held-out pairs does. On the CPU of a machine that others use,
+the processor time of one thread is what an idle machine's clock would show; on a GPU the clock counts, both
+sides compute in bf16, and the memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utilgen_cli.runtime.files import encode_json
@@ -32,14 +34,15 @@ from utilgen_cli.shards.parquet import write_pickapic
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
-from .harness import record, run
+from .harness import GpuPeak, record, run
 
 RANK, HEADS = 16, (5, 10, 20, 20)
 
 
 @dataclass
 class Side:
-    """Processor and clock seconds of every (short, long) run, and the highest memory in MiB."""
+    """Processor and clock seconds of every (short, long) run, and the highest memory in MiB: on a
+    GPU its own, above what lay there before."""
 
     command: list[str]
     imports: list[str]
@@ -76,8 +79,6 @@ def make_vae(size: int, divide: int) -> Any:
 def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a",)) -> None:
     """A bundle of Stable Diffusion 2.1, every width divided by `divide`, random weights (drawn by
     the GPU where there is one); one that is there already is taken, if it is such a one."""
-    import torch
-
     if (path / "utilgen.json").exists():
         found = json.loads((path / "unet" / "config.json").read_text())
         if (found["sample_size"], found["block_out_channels"][0]) != (size // 8, 320 // divide):
@@ -87,6 +88,16 @@ def make_model(path: Path, size: int, divide: int, classes: Sequence[str] = ("a"
         pipeline = make_pipeline(size, divide)
     pipeline.save_pretrained(path)
     (path / "utilgen.json").write_text(encode_json({"size": size, "classes": classes}).decode())
+
+
+def make_model_apart(*arguments: Any) -> None:
+    """`make_model` in a process of its own: what it leaves in memory would count as that of what is
+    started after it, and on a GPU would stay there."""
+    maker = get_context("spawn").Process(target=make_model, args=arguments)
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        sys.exit(f"{arguments[0]} was not made")
 
 
 def make_pipeline(size: int, divide: int) -> Any:
@@ -142,7 +153,7 @@ def make_sides(script: str, work: Path, size: int, batch: int) -> dict[str, Side
         str(work / "theirs"), "--dataset_split_name", "train", "--output_dir", str(work / "peer"),
         "--cache_dir", str(work / "cache"), "--resolution", str(size), "--no_hflip", "--rank",
         str(RANK), "--train_batch_size", str(batch), "--lr_warmup_steps", "0", "--seed", "0",
-        "--max_train_steps",
+        *(["--mixed_precision", "bf16"] if torch.cuda.is_available() else []), "--max_train_steps",
     ]  # fmt: skip
     imports = "import utilgen_cli.diffusion.preference_run, peft, diffusers.loaders;"
     imports += "from diffusers import StableDiffusionPipeline"
@@ -168,14 +179,16 @@ def make_sides(script: str, work: Path, size: int, batch: int) -> dict[str, Side
 def table(sides: dict[str, Side], steps: int) -> str:
     """Ratios are to the peer: speed, and memory above what importing the libraries takes."""
     peer = next(iter(sides.values()))
+    clock = "clock" if torch.cuda.is_available() else "processor"
     lines = [
-        "| side | processor s/step | steps/s | speed | peak MiB | above imports | share |",
+        f"| side | {clock} s/step | steps/s | speed | peak MiB | above imports | share |",
         "|---|---|---|---|---|---|---|",
     ]
+    theirs = peer.per_step(getattr(peer, clock), steps)
     for name, side in sides.items():
-        step, above = side.per_step(side.processor, steps), side.mebibytes - side.imported
+        step, above = side.per_step(getattr(side, clock), steps), side.mebibytes - side.imported
         lines.append(
-            f"| {name} | {step:.3f} | {1 / step:.2f} | {peer.per_step(peer.processor, steps) / step:.2f} "
+            f"| {name} | {step:.3f} | {1 / step:.2f} | {theirs / step:.2f} "
             f"| {side.mebibytes:.0f} | {above:.0f} | "
             f"{above / (peer.mebibytes - peer.imported):.2f} |"
         )
@@ -198,22 +211,19 @@ def main(options: Sequence[str] = ()) -> None:
     batch, size, steps = chosen.pairs_a_step, chosen.size, chosen.steps
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        # not in this process: a child's peak memory counts its parent's at the start
-        maker = get_context("spawn").Process(
-            target=make_model, args=(work / "model", size, chosen.divide)
-        )
-        maker.start()
-        maker.join()
+        make_model_apart(work / "model", size, chosen.divide)
         make_pairs(work, size, chosen.pairs)
         sides = make_sides(chosen.script, work, size, batch)
+        on_gpu = torch.cuda.is_available()
         for side in sides.values():
-            side.imported = run(side.imports, work / "log")[2]
+            side.imported = 0 if on_gpu else run(side.imports, work / "log")[2]
         for repeat in range(chosen.repeats):
             for label, side in sides.items():
-                short, long = (run([*side.command, str(n)], work / "log") for n in steps)
+                with GpuPeak() as peak:
+                    short, long = (run([*side.command, str(n)], work / "log") for n in steps)
                 side.processor.append((short[0], long[0]))
                 side.clock.append((short[1], long[1]))
-                side.mebibytes = max(side.mebibytes, long[2])
+                side.mebibytes = max(side.mebibytes, peak.mebibytes if on_gpu else long[2])
                 print(repeat, label, short, long, file=sys.stderr, flush=True)
         title = f"dpo beside diffusers' script: SD 2.1, widths divided by {chosen.divide}, "
         title += f"{size} px, {batch} pairs a step"

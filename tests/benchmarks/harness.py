@@ -24,7 +24,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 @dataclass
 class Timing:
     """Seconds of each repeat, by the clock and of the processor (with the children's), the highest
-    resident memory above the start, and what torch held on the GPU at its highest (MiB)."""
+    resident memory above the start, and what torch held on the GPU at its highest, above what it
+    held at the start, the weights of all sides (MiB)."""
 
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -53,8 +54,10 @@ def interleaved(
     for round_ in range(repeats + warm):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             gc.collect()
+            held = 0
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()  # by all sides
             with Peak() as peak:
                 start, used = time.perf_counter(), sum(os.times()[:4])
                 sides[name]()
@@ -66,8 +69,8 @@ def interleaved(
                 timings[name].processor.append(used)
                 timings[name].mebibytes = max(timings[name].mebibytes, peak.mebibytes)
                 if torch.cuda.is_available():
-                    held = torch.cuda.max_memory_allocated() / 2**20
-                    timings[name].gpu_mebibytes = max(timings[name].gpu_mebibytes, held)
+                    above = (torch.cuda.max_memory_allocated() - held) / 2**20
+                    timings[name].gpu_mebibytes = max(timings[name].gpu_mebibytes, above)
     return timings
 
 
@@ -99,8 +102,22 @@ class Peak:
         return total
 
     def _watch(self) -> None:
-        while not self.stop.wait(0.01):
+        wait = 0.01
+        while not self.stop.wait(wait):
+            began = time.perf_counter()
             self.highest = max(self.highest, self._resident())
+            wait = max(0.01, 50 * (time.perf_counter() - began))  # what is measured runs beside it
+
+
+class GpuPeak(Peak):
+    """The highest memory that is taken on the GPU by anybody: a process that was started cannot be
+    asked."""
+
+    def _resident(self) -> int:
+        if not torch.cuda.is_available():
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
 
 def run(command: list[str], log: Path) -> tuple[float, float, float]:
@@ -128,7 +145,7 @@ def table(timings: dict[str, Timing], baseline: str, unit: str = "s", scale: flo
     head = ["side", f"median {unit}", "spread", f"ratio to {baseline}", "processor ratio",
             "peak memory, MiB"]  # fmt: skip
     with_gpu = any(t.gpu_mebibytes for t in timings.values())
-    head += ["of the GPU, MiB"] * with_gpu
+    head += ["of the GPU above, MiB"] * with_gpu
     rows = [head, ["---"] * len(head)]
     base = timings[baseline]
     for name, t in timings.items():

@@ -5,8 +5,9 @@
         [--size 512 --classes 10 --images 500 --iterations 40 --chunk 1 ...]
 
 What was measured is stretched to 50,000 images of 100 classes: learning goes with the classes,
-drawing with the images. The scorer is ResNet-50 at --scorer-size, with the folds and snapshots that
-`value train` takes by itself (twelve networks are climbed); the small CLIP of the tiny bundle guards.
+drawing with the images. Twelve networks are climbed, the folds and snapshots that `value train` takes
+by itself: small CNNs beside the tiny bundle, ResNet-50 at --scorer-size beside Stable Diffusion; the
+small CLIP of the tiny bundle guards.
 What the process holds at its highest is told, and on a GPU what torch held there.
 """
 
@@ -27,7 +28,7 @@ from utilgen_cli.shards.images import encode_image
 from utilgen_cli.shards.sample import Sample
 from utilgen_cli.shards.writer import write_shard
 
-from .dpo_peer import make_model
+from .dpo_peer import make_model_apart
 from .harness import record, run
 
 IMAGES, CLASSES = 50_000, 100  # of the paper's cost headline
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels a side, with --divide")
     parser.add_argument("--model", type=Path, help="where it is made, or was by a run before")
     parser.add_argument("--classes", type=int, default=10, help="with --divide")
-    parser.add_argument("--scorer-size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--scorer-size", type=int, default=64, help="with --divide, pixels a side")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--population", type=int, default=4)
@@ -82,16 +83,16 @@ def main(arguments: Sequence[str] = ()) -> None:
         if args.divide:
             names = [f"thing {c}" for c in range(args.classes)]
             model, size = str(args.model or work / "model"), args.size
-            make_model(Path(model), size, args.divide, names)
+            make_model_apart(Path(model), size, args.divide, names)
         else:
             model, bundle = "tiny", read_defaults(find_model("tiny"))
             names, size = bundle["classes"], bundle["size"]
         (work / "real").mkdir()
         write_shard(work / "real" / "00000.tar", noise_pictures(min(size, 64), names))
         utilgen = [sys.executable, "-m", "utilgen_cli"]
-        run([*utilgen, "value", "train", "--real", str(work / "real"), "--arch", "resnet50",
-             "--size", str(args.scorer_size), "--steps", "10", "-q", "-o", str(work / "value")],
-            work / "value.log")  # fmt: skip
+        scorer = ["--arch", "resnet50", "--size", str(args.scorer_size)] if args.divide else []
+        run([*utilgen, "value", "train", "--real", str(work / "real"), *scorer, "--steps", "10",
+             "-q", "-o", str(work / "value")], work / "value.log")  # fmt: skip
         facts = json.loads((work / "value" / "value.json").read_text())
         facts["canary"]["auroc"] = None  # noise and ten steps: nobody asks what it learnt
         (work / "value" / "value.json").write_bytes(encode_json(facts))

@@ -1,6 +1,6 @@
 """What ResNet-50 at 224 px waits for: the decode of JPEGs once, and a batch from the cache a step.
 
-    python -m tests.benchmarks loader [--batch-size 64 --precision bf16 --workers 2]
+    python -m tests.benchmarks loader [--batch-size 64 --precision bf16 --workers 8]
 
 `eval` and `value train` decode every image once (JPEGs in draft mode: at a reduced scale near the
 wanted one) into a memory-mapped file of uint8; what crops image by image does so in workers. The

@@ -16,7 +16,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from utilgen_cli.diffusion.ddim import sample
-from utilgen_cli.diffusion.image_gradients import accumulate
 from utilgen_cli.diffusion.instance import InstanceConfig
 from utilgen_cli.diffusion.load import LatentDiffusion
 from utilgen_cli.diffusion.noise import NoiseConfig, sample_optimised
@@ -63,8 +62,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     rollout = Rollout(model, cond, config.sampling_steps, 7.5)
 
     def learn() -> None:
-        noise, chosen = x.repeat(2, 1, 1, 1), set(range(rollout.steps))
-        accumulate(rollout, cond.repeat(2, 1, 1), noise, chosen, torch.zeros_like, chunk=1)
+        chosen = set(range(rollout.steps))
+        run, images = rollout.draw(x, cond, chosen)
+        rollout.pull_back(run, cond, chosen, torch.zeros_like(images))
 
     def judge() -> None:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         better = tera(
             lambda: sample_optimised(model, x, (cond, cond), args.steps, 7.5, NoiseConfig("single"))
         )
-    learnt, judged = tera(learn) / 2, tera(judge)
+    learnt, judged = tera(learn), tera(judge)
     looks = search.iterations // search.evaluate_every + 1
     drawn = config.population * search.images * search.iterations
     a_class = drawn * learnt + looks * search.validation_images * judged

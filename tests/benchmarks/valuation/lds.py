@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from utilgen_cli.classification.data import LabelledImages, to_float
 from utilgen_cli.classification.models import Classifier, small_cnn_tower
 from utilgen_cli.classification.train import TrainConfig, predict, train_classifier
-from utilgen_cli.runtime.seeds import seed_everything
+from utilgen_cli.runtime.seeds import seed_modules
 
 from ..store import Run, Store, spread, table
 from .sides import PEERS, all_sides, peer
@@ -27,7 +27,7 @@ CHECKPOINTS = 3  # that TRAK averages over
 def narrow_cnn(data: LabelledImages, seed: int) -> Classifier:
     """The small CNN at a quarter of its width, trained on `data`."""
     with torch.random.fork_rng():
-        seed_everything(seed)
+        seed_modules(seed)
         transform = {"size": SIZE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
         model = Classifier("small-cnn", small_cnn_tower(WIDTHS), WIDTHS[-1], 10, transform)
     train_classifier(model, data, TrainConfig(steps=STEPS), seed=seed)
