@@ -65,8 +65,12 @@ def test_bad_input_is_one_line_and_a_code(
 
 @pytest.mark.parametrize(("options", "advice"), [
     (["batch_size", "chunk"], "Lower --batch-size or --chunk."), (["chunk"], "Lower --chunk."),
-    (["seed"], "Give the process more.")])  # fmt: skip
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried 2 GiB")])
+    (["seed"], "Give the process more."),
+    (["batch_size", "accumulation", "checkpointing"], "Add --gradient-checkpointing, or lower "
+     "--batch-size and raise --gradient-accumulation by as much.")])  # fmt: skip
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("CUDA out of memory. Tried 2 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])  # fmt: skip
 def test_memory_that_ran_out_names_the_options_that_there_are(
     error: Exception, options: list[str], advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

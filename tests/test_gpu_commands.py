@@ -125,5 +125,6 @@ def test_by_default_the_loop_runs_in_half_precision(
     stats = json.loads((here / "after" / "00000_stats.json").read_text())
     assert (stats["device"], stats["precision"]) == ("cuda", "bfloat16")
     assert all(math.isfinite(arm["nll"]["mean"]) for arm in table["arms"])
+    assert table["protocol"]["train"]["precision"] == "bf16"
     for name in ("dpo", "tokens", "prompts", "lora", "policy"):
         assert all(x.dtype != torch.bfloat16 for x in weights(here / name).values()), name

@@ -25,6 +25,7 @@ from utilgen_cli.runtime.checkpoint import (
     save_checkpoint,
 )
 from utilgen_cli.runtime.device import pick_device
+from utilgen_cli.runtime.distributed import buckets
 from utilgen_cli.runtime.errors import Stopped, UsageError, UtilgenError
 from utilgen_cli.runtime.output import OutputDirectory
 from utilgen_cli.runtime.seeds import sample_generator
@@ -334,14 +335,17 @@ main()"""
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "taken"),
-    [(None, {}, "cuda:0"), ("cuda", {}, "cuda:0"), ("cuda:1", {}, "cuda:1"),
-     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:1")],
+    ("name", "environment", "seen", "taken"),
+    [(None, {}, 2, "cuda:0"), ("cuda", {}, 2, "cuda:0"), ("cuda:1", {}, 2, "cuda:1"),
+     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2, "cuda:1"),
+     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, "cuda:0")],
 )  # fmt: skip
 def test_the_gpu_that_is_worked_on_is_the_current_one(
-    monkeypatch: pytest.MonkeyPatch, name: str | None, environment: dict[str, str], taken: str
-) -> None:
-    """As torch would take it: a device without a number is none to set."""
+    monkeypatch: pytest.MonkeyPatch, name: str | None, environment: dict[str, str], seen: int,
+    taken: str,
+) -> None:  # fmt: skip
+    """As torch would take it: a device without a number is none to set. (A launcher may show each
+    process one GPU alone.)"""
     known: list[torch.device] = []
 
     def empty(*_: object, device: torch.device) -> SimpleNamespace:
@@ -352,6 +356,7 @@ def test_the_gpu_that_is_worked_on_is_the_current_one(
         known.append(device)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     for key, value in environment.items():
@@ -374,3 +379,9 @@ def test_of_several_processes_the_first_one_tells_of_a_signal(rank: str, lines: 
         env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
     )  # fmt: skip
     assert (done.returncode, done.stderr.count(b"\n")) == (75, lines)
+
+
+def test_gradients_travel_together_in_order() -> None:
+    tensors = [torch.zeros(n) for n in (3, 5, 20, 2, 8, 1)]
+    assert [[t.numel() for t in b] for b in buckets(tensors, 10)] == [[3, 5], [20], [2, 8], [1]]
+    assert buckets([]) == []

@@ -30,6 +30,7 @@ its state saved (run it again; 1 where nothing is kept), 130 interrupted, 141 th
 reader left.
 --debug shows tracebacks."""
 
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # the second is cuBLAS's and cuDNN's
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
 
 
@@ -58,11 +59,13 @@ def _translate(error: BaseException, options: Iterable[str]) -> UtilgenError:
         return UtilgenError(str(where), error.strerror or "refused", "Name a place you can write.")
     if isinstance(error, OSError) and error.errno is not None:
         return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         sizes = [
             f"--{n.replace('_', '-')}" for n in ("batch_size", "chunk", "size") if n in options
         ]
         advice = f"Lower {' or '.join(sizes)}." if sizes else "Give the process more."
+        if "accumulation" in options:
+            advice = f"{advice[:-1]} and raise --gradient-accumulation by as much."
         if "checkpointing" in options:
             advice = f"Add --gradient-checkpointing, or {advice[0].lower()}{advice[1:]}"
         return UtilgenError("memory", "not enough of it", advice)

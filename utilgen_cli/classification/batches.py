@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..runtime.device import sent
+from ..runtime.device import cores, sent
 from ..runtime.errors import UsageError, UtilgenError
 from ..runtime.seeds import derive_seed
 from ..runtime.signals import NUMBERS
@@ -42,6 +42,15 @@ def stored_side(augmentation: str, size: int) -> int:
         advice = f"Use one of {', '.join(AUGMENTATIONS)}."
         raise UsageError(f"--augment {augmentation}", "unknown", advice)
     return round(MARGIN * size) if augmentation in CROPPING else size
+
+
+def workers_for(augmentation: str, device: torch.device, asked: int | None = None) -> int:
+    """How many processes crop: those that are asked for, or on a GPU as many as this one may use
+    cores for, up to 8: a core crops some hundred images of 224 px a second
+    (tests/benchmarks/RESULTS.md), where a GPU trains on thousands."""
+    if asked is not None:
+        return asked
+    return min(8, cores()) if augmentation in CROPPING and device.type == "cuda" else 0
 
 
 def augment_batch(

@@ -263,8 +263,8 @@ def distort(
     mirror = torch.where(u[2] < 0.5, -1.0, 1.0)
     dx, dy = (u[3:5] - 0.5) / 2  # of half a side
     theta = torch.stack([mirror * cos, -sin, dx, mirror * sin, cos, dy], 1).view(-1, 2, 3)
+    theta = sent(theta, images_bchw.device).to(images_bchw.dtype)
     grid = F.affine_grid(theta, list(images_bchw.shape), align_corners=False)
-    grid = sent(grid, images_bchw.device).to(images_bchw.dtype)
     turned = F.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
     gamma, plain = 2 ** (1.4 * u[5] - 0.7), u[6] < 0.5
     gamma, plain = (sent(t, images_bchw.device)[:, None, None, None] for t in (gamma, plain))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..runtime.checkpoint import save_tensors
 from ..runtime.errors import BadInput, NoInput, UsageError, first_line
 from ..runtime.offline import offline
-from ..runtime.seeds import seed_everything
+from ..runtime.seeds import seed_modules
 from .clip import OPEN_CLIP, OPEN_CLIP_LORA, add_lora, is_clip, load_tower
 
 SMALL_CNN = "small-cnn"
@@ -120,8 +120,8 @@ def build_classifier(
     "open_clip-lora:" the tower gets trainable low-rank adapters.
     Raises UsageError for an unknown name, NoInput when weights cannot be had.
     """
-    with torch.random.fork_rng():
-        seed_everything(seed)
+    with torch.random.fork_rng([]):
+        seed_modules(seed)
         if arch == SMALL_CNN:
             transform = {"size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
             return Classifier(arch, small_cnn_tower(), 128, num_classes, transform)
@@ -130,7 +130,7 @@ def build_classifier(
         if is_clip(arch):
             model = _clip_classifier(arch, num_classes)
             if has_common_tower(arch):  # the head is the one that it has beside another's tower
-                seed_everything(seed)
+                seed_modules(seed)
                 model.head.reset_parameters()
             return model
         return _timm_classifier(arch, num_classes, image_size, pretrained)
@@ -265,7 +265,7 @@ def load_classifier(path: Path, like: Classifier | None = None, share: bool = Fa
     arch, count, transform = (facts[name] for name in ("arch", "num_classes", "transform"))
     whole = not has_common_tower(arch) or any(name.startswith("tower.") for name in tensors)
     try:
-        with offline(), torch.random.fork_rng():
+        with offline(), torch.random.fork_rng([]):
             if like is not None and like.arch == arch and not whole:
                 model = _beside(like, count)
                 load_learnt(model, tensors)

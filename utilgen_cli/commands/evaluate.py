@@ -26,7 +26,7 @@ def evaluate(
     validate_every: o.Validate = 0,
     pretrained: o.Pretrained = False,
     augment: o.Augment = None,
-    workers: o.Workers = 0,
+    workers: o.Workers = None,
     data_parallel: o.DataParallel = False,
     output: o.Keep = None,
     report: o.Report = None,
@@ -49,11 +49,12 @@ def evaluate(
     utilgen eval --real real/ --synthetic base=synth/ --val val/ --test test/ --report report.html
     """  # fmt: skip
     from ..classification import comparison as c
+    from ..classification.batches import workers_for
     from ..classification.models import refuse_pretrained, refuse_unknown
     from ..classification.train import PRESET_ARCHS
     from ..classification.train import preset as preset_config
     from ..report.evaluation import prepare_report, write_report
-    from ..runtime.device import pick_device, pick_dtype
+    from ..runtime.device import pick_device, pick_precision
     from ..runtime.progress import reporter
     from .evaluate_options import open_inputs, read_value, show
     from .quarantining import quarantine_of, tell
@@ -65,16 +66,15 @@ def evaluate(
     refuse_unknown(archs)
     refuse_pretrained(archs, pretrained)
     where = pick_device(device)
-    pick_dtype(precision, where)  # refuses an unknown name
     config = preset_config(
         preset, steps=10 if smoke else steps, batch_size=batch_size, lr=lr, real_share=real_share,
         validate_every=min(validate_every, 10) if smoke else validate_every,
-        precision=precision, augmentation=augment,
+        precision=pick_precision(precision, where), augmentation=augment,
     )  # fmt: skip
     pixels = size or (32 if set(archs) == {"small-cnn"} else 224)
     protocol = c.Protocol(
         config, archs, seeds, seed, pixels, times or (), baseline, val_as_train, pretrained,
-        price_per_hour, where, workers, data_parallel,
+        price_per_hour, where, workers_for(config.augmentation, where, workers), data_parallel,
     )  # fmt: skip
     if report is not None:
         prepare_report(report)

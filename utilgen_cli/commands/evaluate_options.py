@@ -81,7 +81,13 @@ Augment = Annotated[
         show_default=False,
     ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that crop and augment images.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Processes that crop and augment images. Default: on a GPU up to 8, where "
+        "images are cropped one by one; else none.",
+    ),
+]  # fmt: skip
 DataParallel = Annotated[
     bool,
     typer.Option(

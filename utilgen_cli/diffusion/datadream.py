@@ -25,7 +25,7 @@ from ..runtime.distributed import world
 from ..runtime.errors import BadInput, UsageError
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
-from ..runtime.seeds import seed_everything
+from ..runtime.seeds import seed_modules
 from ..shards.classes import note_class
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
@@ -87,6 +87,7 @@ class DenoisingObjective:
     """mean |target - prediction|^2 over the shots, with both adapters in training."""
 
     watch = None
+    mixed = True
 
     def __init__(self, model: LatentDiffusion, shots: Shots) -> None:
         self.model, self.shots = model, shots
@@ -213,7 +214,7 @@ def train_adapter(
     model: LatentDiffusion, shots: Shots, out: Path, config: LoraConfig, progress: Progress
 ) -> None:
     """Train one adapter of U-Net and text encoder; its file appears when it is done."""
-    seed_everything(config.finetune.seed)
+    seed_modules(config.finetune.seed)
     add_lora(model.unet, config.rank, UNET_TARGETS)
     add_lora(model.text_encoder, config.rank, TEXT_TARGETS)
     if config.gradient_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,12 @@ def term_gradient(term: Term, images: Tensor, labels: Tensor) -> tuple[Tensor, T
         value = term.function(leaf, labels).mean() * len(leaf)
     (gradient,) = torch.autograd.grad(value, leaf)
     return gradient, gradient.flatten(1).norm(dim=1).square()
+
+
+def unit_scale(x: Tensor) -> int:
+    """The power of two (which rounds nothing) that brings the elements of a vector like x and of
+    norm 1 near to 1: by themselves those of an image are too small for fp16."""
+    return 1 << round(math.log2(x.numel()) / 2)
 
 
 def rms_norm(squares: Sequence[Tensor]) -> float:

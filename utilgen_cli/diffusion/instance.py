@@ -19,7 +19,7 @@ from .class_adapters import acting
 from .datadream import Shots
 from .ddim import check_steps, initial_noise
 from .generate import Generator, Item
-from .image_gradients import Term
+from .image_gradients import Term, unit_scale
 from .noise import NoiseConfig
 from .policy import Policy, load_policy
 from .prompt_inversion import PromptObjective
@@ -138,8 +138,9 @@ class ShotAnchor:
         generator = step_generator(self.search.seed, iteration, "ilpo-anchor")
         rows = torch.randperm(self.objective.rows, generator=generator)[: self.rows]
         draw = self.objective.draw(self.rows, generator)
+        scale = unit_scale(draw.noise[0])
         for part in torch.arange(self.rows).split(self.chunk):
-            self.objective.errors(rows[part], draw.part(part)).sum().backward()
+            (scale * self.objective.errors(rows[part], draw.part(part)).sum()).backward()
 
 
 def outcome(search: PromptSearch) -> dict[str, Any]:

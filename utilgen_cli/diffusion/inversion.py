@@ -75,6 +75,7 @@ class TokenObjective:
     """mean |target - prediction|^2 over the shots as a function of theta alone."""
 
     watch: Watch | None = None
+    mixed = False  # theta enters as one of the layers' precision
 
     def __init__(self, model: LatentDiffusion, shots: Shots, start: Tensor) -> None:
         """start: float [C, V, E]. Adds the tokens to the model's vocabulary."""

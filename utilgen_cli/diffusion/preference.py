@@ -80,6 +80,8 @@ def full_denoisers(unet: Any, reference: Any | None = None) -> Denoisers:
 class PreferenceObjective:
     """The loss over pairs (or single images), and its watch over held-out ones."""
 
+    mixed = True
+
     def __init__(
         self,
         model: LatentDiffusion,

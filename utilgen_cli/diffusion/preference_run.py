@@ -18,7 +18,7 @@ from ..runtime.distributed import world
 from ..runtime.errors import NoInput, UsageError
 from ..runtime.files import write_atomic, write_json
 from ..runtime.progress import Progress, silent
-from ..runtime.seeds import seed_everything
+from ..runtime.seeds import seed_modules
 from ..shards.sample import Sample
 from .adapters import LORA_WEIGHTS
 from .class_adapters import class_folders
@@ -150,7 +150,7 @@ def make_denoisers(model: LatentDiffusion, config: PreferenceConfig) -> Denoiser
         return full_denoisers(model.unet, base)
     name = adapter_name(config)
     if config.init is None:
-        seed_everything(config.finetune.seed)
+        seed_modules(config.finetune.seed)
         add_lora(model.unet, config.rank, UNET_TARGETS, name)
     return lora_denoisers(model.unet, name, config.reference)
 

@@ -55,6 +55,7 @@ class PromptObjective:
     """mean |target - prediction|^2 over the shots as a function of theta alone."""
 
     watch: Watch | None = None
+    mixed = False  # theta enters as one of the layers' precision
 
     def __init__(
         self, model: LatentDiffusion, shots: Shots, prompts: PromptEmbeds | TokenEmbeds

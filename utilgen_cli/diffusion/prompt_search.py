@@ -41,6 +41,7 @@ from .image_gradients import (
     image_gradients,
     rms_norm,
     term_gradient,
+    unit_scale,
 )
 from .noise import Calls, counted
 from .prompts import rms
@@ -181,7 +182,8 @@ class PromptSearch:
         self.optimizer.zero_grad()
 
         def gradient_of(images: Tensor) -> Tensor:
-            return image_gradients(self.terms, images, classes, self.chunk, in_place=True)[0]
+            found = image_gradients(self.terms, images, classes, self.chunk, in_place=True)[0]
+            return found.mul_(unit_scale(images[0]))
 
         cond = self.embeds(classes, members)
         pulled = accumulate(

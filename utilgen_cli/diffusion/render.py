@@ -8,7 +8,6 @@ than in a run of many.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import signals
+from ..runtime.device import cores
 from ..runtime.errors import UtilgenError, first_line
 from ..shards.images import encode_image
 
@@ -121,7 +121,7 @@ def render(
 @contextmanager
 def encoders() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
     """A thread that waits for the device, and threads that encode."""
-    with ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as encode:
+    with ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(min(8, cores())) as encode:
         yield fetch, encode
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..runtime.device import free_memory
 from ..runtime.errors import UsageError
 from .ddim import chain_alphas, ddim_step, ddim_transitions, guided_eps, predict_x0
 
@@ -74,11 +75,8 @@ def default_chunk(model: LatentDiffusion) -> int:
         return 320
     if model.device.type != "cuda":
         return 1
-    total = torch.cuda.get_device_properties(model.device).total_memory
-    weights = [p for m in (model.unet, model.vae, model.text_encoder) for p in m.parameters()]
-    room = 0.8 * total - sum(p.nbytes for p in weights)
     graph = 2**33 * model.dtype.itemsize / 4 * height * width / 64**2
-    return max(1, int(room / graph))
+    return max(1, int(0.8 * free_memory(model.device) / graph))
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,29 @@ def init() -> tuple[int, int]:
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
-    """Average each tensor over the processes, in place (nothing to do in one process)."""
+    """Average each tensor over the processes, in place (nothing to do in one process); many small
+    ones of one type and device go at once."""
     if not dist.is_initialized():
         return
+    for together in buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in together])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, mean in zip(together, flat.split([t.numel() for t in together]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def buckets(tensors: list[Tensor], most: int = 1 << 23) -> list[list[Tensor]]:
+    """The tensors in order, as many together as have `most` elements, or one that has more."""
+    found: list[list[Tensor]] = []
+    held = most
     for tensor in tensors:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+        if held + tensor.numel() > most:
+            found.append([])
+            held = 0
+        found[-1].append(tensor)
+        held += tensor.numel()
+    return found
 
 
 def as_the_first(figures: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -24,6 +24,7 @@ def step_generator(seed: int, step: int, purpose: str = "step") -> torch.Generat
     return torch.Generator().manual_seed(derive_seed(purpose, seed, step))
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch's global generators (for module initialisation)."""
-    torch.manual_seed(derive_seed("global", seed))
+def seed_modules(seed: int) -> None:
+    """Seed the generator that modules on the CPU begin from. (`torch.manual_seed` would seed every
+    GPU's as well.)"""
+    torch.default_generator.manual_seed(derive_seed("global", seed))

@@ -215,10 +215,9 @@ class Trajectory:
         labels = sent(self.pool.labels[at], self.device)
         if self.features is not None and (draws is None or self.config.augment == "none"):
             return sent(self.features[at], self.device), labels
-        x = to_float(self.pool.images[at])
+        x = to_float(sent(self.pool.images[at], self.device))
         if draws is not None:
             x = augment_batch(self.config.augment, x, draws)
-        x = sent(x, self.device)
         if self.tower is not None:
             with torch.no_grad():
                 x = self.tower.features(x)
