@@ -24,7 +24,7 @@ from utilgen_cli.runtime.errors import BadInput, NoInput, Stopped, UsageError, U
 from utilgen_cli.shards.operands import open_source
 from utilgen_cli.shards.writer import write_shard
 from utilgen_cli.valuation import todv, training, value_model
-from utilgen_cli.valuation.canary import auroc, verdict
+from utilgen_cli.valuation.canary import auroc, verdict, wrong_labels
 from utilgen_cli.valuation.inputs import load_value_data, native_size
 from utilgen_cli.valuation.pool import (
     PLANTED,
@@ -125,6 +125,22 @@ def test_canaries_are_real_pixels_with_another_label():
     assert all(truth[hashes[i]] != int(pool.labels[i]) for i in planted)
 
 
+@pytest.mark.parametrize(("images", "classes", "each"), [
+    (4, 10, 9), (300, 10, 3), (2000, 10, 1), (5, 2, 1), (5, 1, 0), (0, 3, 0)])  # fmt: skip
+def test_images_are_judged_under_as_many_wrong_labels_as_say_enough(images, classes, each):
+    labels = torch.arange(images) % classes
+    at, wrong = wrong_labels(labels, classes, seed=0)
+    assert torch.equal(at, torch.arange(images).repeat_interleave(each))
+    assert (wrong != labels[at]).all() and ((wrong >= 0) & (wrong < classes)).all()
+    assert len({(int(a), int(w)) for a, w in zip(at, wrong, strict=True)}) == images * each
+
+
+def test_the_canary_of_a_few_images_rests_on_all_their_wrong_labels(trained):
+    """One planted copy would be right or wrong; every image has two wrong labels here."""
+    canary = json.loads((trained / "value.json").read_text())["canary"]
+    assert canary["judged"] == 2 * (len(DATA.real) + len(DATA.validation or ())) > canary["planted"]
+
+
 @pytest.mark.parametrize("classes", [3, 1])  # with one class nothing is planted
 def test_a_pool_in_a_mapped_file_equals_that_in_memory(classes, monkeypatch):
     data = [colours(n, seed, classes) for n, seed in ((90, 1), (120, 2), (30, 3))]
@@ -143,11 +159,12 @@ def test_a_pool_is_looked_at_a_batch_at_a_time(trained, monkeypatch):
     value, at = load_value(trained), torch.arange(len(pool)).flip(0)
     judge = value.classifiers[0]
     features = training.features_of(judge, pool.images, at)
-    logits = training.logits_of(value, pool, at)
+    logits = training.logits_of(value, pool.images, at, pool.labels[at])
     monkeypatch.setattr(training, "BATCH", 4)
     with Largest() as largest:
         torch.testing.assert_close(training.features_of(judge, pool.images, at), features)
-        torch.testing.assert_close(training.logits_of(value, pool, at), logits)
+        again = training.logits_of(value, pool.images, at, pool.labels[at])
+        torch.testing.assert_close(again, logits)
     assert largest.of[torch.uint8] <= 4 * pool.images[0].numel()
 
 

@@ -82,7 +82,7 @@ def train(
     Example: utilgen value train --real real/ --synthetic synth/ --val val/ -o value/
 
     Images of --real and --val take both roles in turn: each classifier learns from some folds and
-    is judged on the one held out. The canary (planted wrong labels among real images) says how well
+    is judged on the one held out. The canary (real images under wrong labels) says how well
     wrong labels are told; on generated images, which look otherwise, expect less.
     """
     from ..classification.models import refuse_pretrained

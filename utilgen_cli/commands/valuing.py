@@ -93,7 +93,8 @@ def train_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['arch']} on images of {facts['transform']['size']} pixels a side"]
     if found is None:
         return [*lines, "no canaries could be planted: one class only"]
-    lines += [f"canary: {facts['canary']['planted']} planted wrong labels, AUROC {found:.3f}"]
+    judged = facts["canary"].get("judged", facts["canary"]["planted"])
+    lines += [f"canary: real images under {judged:,} wrong labels, AUROC {found:.3f}"]
     if found < REFUSE:
         lines.append("warning: wrong labels rank above right ones; `value score` will refuse this")
     elif found < WARN:

@@ -205,8 +205,8 @@ def _value(value: Row | None) -> Markup | None:
     told = None
     if auroc is not None:
         told = tag(
-            "p", "Canary: real images with a planted false label score below true ones with AUROC "
-            f"{auroc:.3f}.", class_="warn" if auroc < 0.9 else None,
+            "p", "Canary: real images score lower under a false label than under their own with "
+            f"AUROC {auroc:.3f}.", class_="warn" if auroc < 0.9 else None,
         )  # fmt: skip
     plot = None
     if curve:

@@ -1,11 +1,14 @@
-"""The canary: copies of real images with a wrong label must score below the images themselves."""
+"""The canary: real images with a wrong label must score below the images themselves."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..runtime.seeds import derive_seed
+
 WARN, REFUSE = 0.9, 0.5
+ASKED = 1000  # wrong labels that are judged, where the images and classes give so many
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
@@ -17,6 +20,22 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     n, m = len(positive), len(negative)
     u = ranks[:n].sum().item() - n * (n + 1) / 2
     return u / (n * m)
+
+
+def wrong_labels(labels: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images are judged under a wrong label, and under which, [m] each: every image once, or
+    under several if that takes no more than `ASKED`."""
+    n = len(labels)
+    rounds = min(classes - 1, max(1, ASKED // max(1, n)))
+    if rounds < 1 or not n:
+        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    generator = torch.Generator().manual_seed(derive_seed("canary labels", seed))
+    shifts = (
+        1 + torch.rand(n, classes - 1, generator=generator).argsort(1)[:, :rounds]
+    )  # [n, rounds]
+    return torch.arange(n).repeat_interleave(rounds), (
+        (labels[:, None] + shifts) % classes
+    ).flatten()
 
 
 def verdict(found: float | None) -> str:

@@ -64,7 +64,7 @@ class ValueConfig:
     steps: int = 400  # steps of each classifier
     batch_size: int = 64
     folds: int = 5  # classifiers; 1 is the published method with in-sample losses
-    snapshots: int = 3  # points of the trajectory that scoring averages over
+    snapshots: int = 3  # points of the trajectory that are kept: what asks all averages over them
     warmup: float = 0.2  # share of the steps before the held-out losses say anything
     # of a batch, at least: generated images are often wrongly labelled, planted ones always
     real_share: float = 0.75

@@ -18,7 +18,7 @@ from ..runtime.artefact import CHECKPOINT, seal
 from ..runtime.checkpoint import remove_checkpoint, save_tensors
 from ..runtime.files import write_json
 from ..runtime.progress import Progress, silent
-from .canary import auroc, verdict
+from .canary import auroc, verdict, wrong_labels
 from .neighbours import nearest_others
 from .pool import PLANTED, REAL, VALIDATION, Pool, make_pool
 from .todv import Trajectory, ValueConfig, snapshot_name, train_trajectory
@@ -71,7 +71,7 @@ def train_values(
     reference = reference_tensors(snapshots, pool, known)
     save_tensors(directory / REFERENCE, reference)
     facts["duplicate_distance"] = duplicate_distance(reference)
-    facts["canary"] = watch_canaries(ValueModel(snapshots, facts, reference).to(device), pool)
+    facts["canary"] = watch_canaries(ValueModel(snapshots, facts, reference).to(device), pool, seed)
     seal(directory)
     write_json(directory / VALUE_JSON, facts)
     remove_checkpoint(checkpoint)
@@ -145,17 +145,29 @@ def features_of(classifier: Classifier, images: Tensor, at: Tensor) -> Tensor:
     return torch.cat([classifier.features(x).float().cpu() for x in parts])
 
 
-def watch_canaries(value: ValueModel, pool: Pool) -> dict[str, Any]:
-    """AUROC of right-label real images over their planted copies with a wrong label, held out."""
+def watch_canaries(value: ValueModel, pool: Pool, seed: int) -> dict[str, Any]:
+    """AUROC of real images under their own label over the same under wrong ones.
+
+    With folds nobody judges an image that it trained on, so that every wrong label will do: the few
+    that were planted would say little. Without, what was planted is judged as it was trained on.
+    """
     planted = torch.nonzero(pool.roles == PLANTED)[:, 0]
-    if len(planted) == 0:
-        return {"auroc": None, "planted": 0, "verdict": verdict(None)}
     real = torch.nonzero((pool.roles == REAL) | (pool.roles == VALIDATION))[:, 0]
-    found = auroc(logits_of(value, pool, real), logits_of(value, pool, planted))
-    return {"auroc": round(found, 4), "planted": len(planted), "verdict": verdict(found)}
+    if value.folds > 1:
+        at, wrong = wrong_labels(pool.labels[real], len(pool.classes), seed)
+        at = real[at]
+    else:
+        at, wrong = planted, pool.labels[planted]
+    if len(wrong) == 0:
+        return {"auroc": None, "planted": 0, "judged": 0, "verdict": verdict(None)}
+    right = logits_of(value, pool.images, real, pool.labels[real])
+    found = auroc(right, logits_of(value, pool.images, at, wrong))
+    return {"auroc": round(found, 4), "planted": len(planted), "judged": len(wrong),
+            "verdict": verdict(found)}  # fmt: skip
 
 
-def logits_of(value: ValueModel, pool: Pool, at: Tensor) -> Tensor:
-    """Held-out logits of the images that stand `at` [N], [N]; a batch of pixels at a time."""
-    parts = at.split(BATCH)
-    return torch.cat([value.judge_pixels(pool.images[p], pool.labels[p]).logit for p in parts])
+def logits_of(value: ValueModel, images: Tensor, at: Tensor, labels: Tensor) -> Tensor:
+    """Held-out logits of the uint8 images that stand `at` [N], under labels [N]: [N]; a batch of
+    pixels at a time."""
+    parts = zip(at.split(BATCH), labels.split(BATCH), strict=True)
+    return torch.cat([value.judge_pixels(images[p], y).logit for p, y in parts])

@@ -33,7 +33,8 @@ class WeightNet(nn.Module):
         self._start(seed, slope)
 
     def _start(self, seed: int, slope: float) -> None:
-        """Hinges spread over losses of 0 to 6, each with the same share of the slope."""
+        """Half of the hinges stand at a loss of 0 and carry the slope, the others are spread over 0
+        to 6 and wait with a weight of 0."""
         generator = torch.Generator().manual_seed(seed)
         n = self.hidden.out_features
         with torch.no_grad():
