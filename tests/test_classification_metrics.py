@@ -130,3 +130,26 @@ def test_a_collapsed_set_is_faithful_but_not_diverse() -> None:
     assert found["coverage"] < 0.5 < whole["coverage"]
     assert found["recall"] < 0.5 < whole["recall"]
     assert (found["n_real"], found["n_synthetic"], found["extractor"]) == (60, 60, "test")
+
+
+def test_a_larger_set_is_looked_at_as_if_it_were_as_small_as_the_others() -> None:
+    """Eighteen times as many draws of one distribution cover it better for their number alone."""
+    g = torch.Generator().manual_seed(0)
+    real, labels = torch.randn(90, 8, generator=g), torch.arange(90) % 3
+    few, many = torch.randn(20, 8, generator=g), torch.randn(360, 8, generator=g)
+    small, cut, whole = (
+        distribution.compare(real, labels, x, torch.arange(len(x)) % 3, "test", count)
+        for x, count in ((few, 20), (many, 20), (many, None))
+    )
+    assert [found["n_synthetic"] for found in (small, cut, whole)] == [20, 20, 360]
+    assert whole["coverage"] > small["coverage"] + 0.2
+    assert cut["coverage"] == pytest.approx(small["coverage"], abs=0.15)
+    assert cut["fid"] == pytest.approx(small["fid"], rel=0.4)
+    at = distribution.some_of_each(torch.tensor([0] * 50 + [1] * 10 + [2] * 4), 18, seed=0)
+    assert torch.bincount(torch.tensor([0] * 50 + [1] * 10 + [2] * 4)[at]).tolist() == [7, 7, 4]
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    assert metrics.holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None,
+                                                      pytest.approx(0.06), pytest.approx(0.06)]  # fmt: skip
+    assert metrics.holm([0.5, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []

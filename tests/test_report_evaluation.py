@@ -136,7 +136,7 @@ def test_the_table_has_a_row_an_arm_and_no_colour_in_a_pipe(found: Comparison) -
         "price" in text and fig.money(found.summary["synthetic"]["after"]["cost"]["price"]) in text
     )
     shape = found.summary["synthetic"]["after"]["distribution"]
-    assert f"features of {shape['extractor']}: 24 images beside 18;" in text
+    assert f"features of {shape['extractor']}: 24 images of each set beside 18;" in text
     assert f"{shape['diversity']:.2f}" in rows["after"].split()
     assert "\x1b" in render(found.summary, terminal=True)
 

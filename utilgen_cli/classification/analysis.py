@@ -70,19 +70,22 @@ class Analyst:
         self.real, self.reference = real, reference
         self._probes: list[Probe] = []
 
-    def analyse(self, synthetic: LabelledImages) -> dict[str, Any]:
-        """`agreement`, `distribution` and `influence` (with the `values` a key) of a set."""
-        path = self.directory / f"analysis-{self._code(synthetic)}.json"
+    def analyse(self, synthetic: LabelledImages, count: int | None = None) -> dict[str, Any]:
+        """`agreement`, `distribution` (of `count` images) and `influence` (with the `values` a key)
+        of a set."""
+        path = self.directory / f"analysis-{self._code(synthetic, count)}.json"
         if not path.exists():
-            write_json(path, self._judge(synthetic))
+            write_json(path, self._judge(synthetic, count))
         return json.loads(path.read_text())
 
-    def _code(self, synthetic: LabelledImages) -> str:
+    def _code(self, synthetic: LabelledImages, count: int | None) -> str:
         parts = [run.name for run in self.runs]
         parts += [digest_images(d) for d in (synthetic, self.reference, self.real)]
+        if count is not None and count < len(synthetic):
+            parts.append(f"{count} images")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _judge(self, synthetic: LabelledImages) -> dict[str, Any]:
+    def _judge(self, synthetic: LabelledImages, count: int | None) -> dict[str, Any]:
         probes = self._load()
         first, *others = (probe.model for probe in probes)
         seen_first = see(first, synthetic, self.towers)
@@ -97,7 +100,7 @@ class Analyst:
             "agreement": (votes.argmax(1) == synthetic.labels).double().mean().item(),
             "distribution": compare(
                 probes[0].reference, self.reference.labels, seen_first[0], synthetic.labels,
-                f"{arch} trained on {len(self.real)} real images",
+                f"{arch} trained on {len(self.real)} real images", count,
             ),
             "influence": influence | {"models": len(probes)},
         }  # fmt: skip

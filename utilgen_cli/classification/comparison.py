@@ -141,7 +141,8 @@ def _compare(
     analyses = {}
     if validation is not None:
         analyst = Analyst(probes, directory, real, validation, towers)
-        analyses = {name: analyst.analyse(data) for name, data in synthetic.items()}
+        count = min(map(len, synthetic.values()), default=None)  # distances depend on how many
+        analyses = {name: analyst.analyse(data, count) for name, data in synthetic.items()}
     # Nothing below trains or chooses: the test set is opened here, once.
     test = load(inputs.test)
     judge_runs(runs, test, directory, towers, keep, progress)

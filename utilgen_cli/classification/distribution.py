@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..runtime.seeds import derive_seed
 
 ROWS = 1024  # of a matrix of distances that stand at once: memory stays linear in the samples
+DRAWS = 5  # of a set that is larger than those that it is compared with
 
 
 def nearest_radii(features: Tensor, k: int) -> Tensor:
@@ -87,22 +88,64 @@ def spread(features: Tensor, labels: Tensor) -> float:
     return torch.stack(means).mean().item() if means else 0.0
 
 
-def compare(
-    real: Tensor, real_labels: Tensor, synthetic: Tensor, synthetic_labels: Tensor, extractor: str
-) -> dict[str, Any]:
-    """All figures, with the sizes of both sets and the extractor's name.
+def some_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the samples at random, as many of each class as there are, int64 [count]."""
+    generator = torch.Generator().manual_seed(derive_seed("some of each", seed))
+    order = torch.randperm(len(labels), generator=generator)
+    place = torch.zeros(len(labels), dtype=torch.long)  # among those of its class
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        place[own] = torch.arange(len(own))
+    return order[place[order].argsort(stable=True)][:count]
 
-    `diversity` is the within-class spread of the synthetic set over that of the real one.
+
+def compare(
+    real: Tensor,
+    real_labels: Tensor,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    extractor: str,
+    count: int | None = None,
+) -> dict[str, Any]:
+    """All figures, with the sizes of what was compared and the extractor's name.
+
+    `diversity` is the within-class spread of the synthetic set over that of the real one. The
+    figures depend on how many images there are: of a set that has more than `count` they are the
+    means over `DRAWS` draws of so many.
     """
     scale = real.std().clamp_min(1e-8)  # KID's cubic kernel needs features of order one
     real, synthetic = real / scale, synthetic / scale
     real_spread = spread(real, real_labels)
+    count = min(count or len(synthetic), len(synthetic))
+    found: list[dict[str, Any]] = []
+    whole = torch.arange(len(synthetic))
+    draws = [some_of_each(synthetic_labels, count, draw) for draw in range(DRAWS)]
+    for at in draws if count < len(synthetic) else [whole]:
+        part, labels = synthetic[at], synthetic_labels[at]
+        found.append({
+            **prdc(real, part),
+            "fid": frechet_distance(real, part),
+            "kid": kernel_distance(real, part),
+            "diversity": spread(part, labels) / real_spread if real_spread else None,
+        })  # fmt: skip
     return {
-        **prdc(real, synthetic),
-        "fid": frechet_distance(real, synthetic),
-        "kid": kernel_distance(real, synthetic),
-        "diversity": spread(synthetic, synthetic_labels) / real_spread if real_spread else None,
+        **_mean(found),
         "n_real": len(real),
-        "n_synthetic": len(synthetic),
+        "n_synthetic": count,
         "extractor": extractor,
     }
+
+
+def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each figure over the draws; of None, None."""
+    first, *others = found
+    if not others:
+        return first
+    means: dict[str, Any] = {}
+    for name, value in first.items():
+        column = [row[name] for row in found]
+        if isinstance(value, dict):
+            means[name] = _mean(column)
+        else:
+            means[name] = None if value is None else sum(column) / len(column)
+    return means

@@ -1,6 +1,6 @@
 """Which samples would lower the validation loss: last-layer influence functions.
 
-Koh & Liang (2017), restricted to the linear head, where everything is exact. With h the features
+Koh & Liang (2017), restricted to the linear head, whose Hessian is exact. With h the features
 and a one for the bias [D+1], p the predicted probabilities, r = p - onehot(y):
 
     gradient of one loss     r hᵀ                                             [C, D+1]

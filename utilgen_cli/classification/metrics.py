@@ -68,6 +68,17 @@ def paired_difference(
     return result
 
 
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for how many there are (Holm 1979); None where there is none."""
+    known = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    found: list[float | None] = [None] * len(values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        found[i] = highest
+    return found
+
+
 def score(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
     """All figures of one tested classifier."""
     classes = per_class_accuracy(logits, labels, num_classes)

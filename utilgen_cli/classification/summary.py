@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .evaluation import Run
-from .metrics import mean_std, paired_difference
+from .metrics import holm, mean_std, paired_difference
 
 Result = tuple[Run, dict[str, Any]]
 
@@ -18,10 +18,11 @@ def summarise(found: Iterable[Result], classes: Sequence[str], baseline: str) ->
     for run, result in found:
         rows[run.arch, run.arm.name].append((run, result))
     ordered = sorted(rows, key=lambda row: row[0] != next(iter(rows))[0])  # first arch first
-    return {
-        "classes": list(classes),
-        "arms": [_row(rows[key], rows[key[0], baseline], classes, baseline) for key in ordered],
-    }
+    arms = [_row(rows[key], rows[key[0], baseline], classes, baseline) for key in ordered]
+    compared = [arm["difference"] for arm in arms if "difference" in arm]
+    for difference, p in zip(compared, holm([d["p"] for d in compared]), strict=True):
+        difference["p_holm"] = p
+    return {"classes": list(classes), "arms": arms}
 
 
 def _row(

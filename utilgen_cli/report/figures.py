@@ -92,6 +92,19 @@ def leak_lines(summary: Row) -> list[str]:
     return lines
 
 
+def comparisons_line(summary: Row) -> str | None:
+    """What several p values say together, by Holm's correction."""
+    found = [d["p_holm"] for a in summary["arms"] if (d := a.get("difference"))]
+    known = [p for p in found if p is not None]
+    if len(known) < 2:
+        return None
+    clear = sum(p < 0.05 for p in known)
+    return (
+        f"p: each of {len(known)} comparisons by itself; {clear or 'none'} of them below .05 when "
+        "corrected for their number (Holm; p_holm in --json)"
+    )
+
+
 def protocol_line(summary: Row) -> str:
     """The protocol in a sentence."""
     p, train = summary["protocol"], summary["protocol"]["train"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..runtime.errors import printable
 from .figures import (
+    comparisons_line,
     difference,
     duration,
     images,
@@ -33,6 +34,8 @@ def render(summary: dict[str, Any], terminal: bool = False) -> str:
     console = Console(file=out, force_terminal=terminal, width=width, highlight=False)
     console.print(arm_table(summary))
     console.print(Text(protocol_line(summary), style="dim"), soft_wrap=True)
+    if line := comparisons_line(summary):
+        console.print(Text(line, style="dim"), soft_wrap=True)
     if summary["synthetic"]:
         console.print()
         console.print(synthetic_table(summary))
@@ -89,10 +92,10 @@ def feature_lines(summary: dict[str, Any]) -> list[str]:
     found = [d for s in summary["synthetic"].values() if (d := s.get("distribution"))]
     if not found:
         return []
-    counts = " or ".join(f"{n:,}" for n in sorted({d["n_synthetic"] for d in found}))
     return [
-        f"precision to FID in the features of {found[0]['extractor']}: {counts} images beside "
-        f"{found[0]['n_real']:,}; to compare sets with, not papers; div.: diversity over real"
+        f"precision to FID in the features of {found[0]['extractor']}: {found[0]['n_synthetic']:,} "
+        f"images of each set beside {found[0]['n_real']:,}; to compare sets with, not papers; "
+        "div.: diversity over real"
     ]
 
 
