@@ -383,3 +383,10 @@ def test_of_many_classes_some_are_named() -> None:
     assert "in 50 of 100 classes (3 to 52 a class)" in first
     assert len(rest) == 21 and rest[19] == "no pair in class 19: it has one sample"
     assert rest[20] == "no pair in 30 more classes: see --json"
+
+
+def test_a_class_that_was_predicted_is_named_by_its_number() -> None:
+    """By its name it would count as another class, without a word."""
+    named = scored("a", 0.5).with_member("utility.json", b'{"utility": 0.5, "predicted": "cat"}')
+    with pytest.raises(BadInput, match="its predicted is 'cat', not the number of a class"):
+        pair([named, scored("b", 0.1)])

@@ -23,6 +23,7 @@ from utilgen_cli.diffusion.generate import GenerateConfig, Generator, warnings_o
 from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.pair_data import check_judged, signs
 from utilgen_cli.diffusion.preference import PreferenceObjective
+from utilgen_cli.diffusion.preference_loss import beta_convention
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, outcome, train_preference
 from utilgen_cli.diffusion.tokens import class_folder, save_tokens
 from utilgen_cli.runtime import signals
@@ -131,6 +132,22 @@ def test_the_shipped_model_learns_to_prefer_and_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dpo.json").read_text()) == summary
     assert not (tmp_path / CHECKPOINT).exists()
     assert any("100 % of 8" in line or "88 % of 8" in line for line in outcome(summary))
+
+
+@pytest.mark.parametrize(("held_out", "separation", "told"), [
+    (40, 0.31, True), (40, 0.5, False), (400, 0.31, False), (1, 1.0, True)])  # fmt: skip
+def test_what_chance_could_do_is_told(held_out: int, separation: float, told: bool) -> None:
+    kept = {"accuracy": 0.6, "separation": separation, "dL_w": 0.0, "dL_l": 0.0}
+    summary = {"stopped": None, "pairs": 8 * held_out, "held_out": held_out, "kept": kept,
+               "kept_step": 60, "steps": 60}  # fmt: skip
+    assert any("chance" in line for line in outcome(summary)) == told
+    untouched = outcome(summary | {"kept_step": 0})
+    assert "nothing learned held" in untouched[-1] and "chance" not in "".join(untouched)
+
+
+@pytest.mark.parametrize(("loss", "part"), [("ipo", "- 1/2)^2"), ("kto", "1 - sigmoid"), ("dpo", "log sigmoid")])  # fmt: skip
+def test_beta_is_explained_for_the_loss_that_was_taken(loss: str, part: str) -> None:
+    assert part in beta_convention(loss)
 
 
 def shaded_samples(count: int = 160) -> Iterator[Sample]:

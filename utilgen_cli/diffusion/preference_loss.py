@@ -19,10 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BETA_CONVENTION = (
-    "loss = -log sigmoid(-beta * (dL_w - dL_l)), dL = mean squared error of the model minus that "
-    "of the reference, mean over latent elements; T and omega are part of beta"
-)
+_FORMULAS = {
+    "dpo": "-log sigmoid(-beta * (dL_w - dL_l))",
+    "ipo": "(-beta * (dL_w - dL_l) - 1/2)^2",
+    "kto": "1 - sigmoid(sign * (-beta * dL - z)), z the batch mean of -beta * dL, or 0",
+}
+
+
+def beta_convention(loss: str) -> str:
+    """What `beta` means in one of `LOSSES`, in words for who compares runs."""
+    return (
+        f"loss = {_FORMULAS.get(loss, loss)}, dL = mean squared error of the model minus that of "
+        "the reference, mean over latent elements; T and omega are part of beta"
+    )
 
 
 def beta_to_public(beta: float) -> float:

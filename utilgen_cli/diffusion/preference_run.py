@@ -28,10 +28,13 @@ from .load import LatentDiffusion, TokenPrompts, load_model, quiet_libraries
 from .lora import UNET_TARGETS, adapters_off, add_lora, lora_tensors, tuner_layers
 from .pair_data import Preferences, parse_desirable, prompt_of, read_preferences
 from .preference import Denoisers, PreferenceObjective, full_denoisers, lora_denoisers
-from .preference_loss import BETA_CONVENTION, LOSSES, beta_to_public
+from .preference_loss import LOSSES, beta_convention, beta_to_public
 
 REFERENCES = ("base", "previous")
 DONE = "dpo.json"
+CERTAIN = (
+    2.5  # standard errors that the best of some eight looks comes to by chance, one time in 20
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +208,8 @@ def describe(
     }
     return {
         **settings,
-        "beta_convention": BETA_CONVENTION,
-        "beta_public_scripts": beta_to_public(config.beta),
+        "beta_convention": beta_convention(config.loss),
+        **({"beta_public_scripts": beta_to_public(config.beta)} if config.loss == "dpo" else {}),
         **counts(objective.pairs),
         "held_out": len(objective.held_out),
         "prompts": objective.pairs.prompts[:100],
@@ -248,4 +251,9 @@ def outcome(summary: dict[str, Any]) -> list[str]:
     )
     if summary["kept_step"] == 0:
         lines.append("nothing learned held on the held-out pairs: the generator is as it was")
+    elif pairs and kept["separation"] * summary["held_out"] ** 0.5 < CERTAIN:
+        lines.append(
+            f"warning: {summary['held_out']} held-out pairs cannot tell this from chance (the best "
+            "of several looks at them is shown): make more pairs, or compare by eval"
+        )
     return lines

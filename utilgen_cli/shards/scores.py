@@ -16,7 +16,8 @@ WIDTH = 64  # features are projected to so many numbers: distances change by abo
 
 
 def score_of(sample: Sample) -> dict[str, Any]:
-    """`utility.json`, its utility checked. BadInput if it is not there or no finite number."""
+    """`utility.json`, checked. BadInput: it is not there, its utility is no finite number, or what
+    it says was predicted is no number of a class."""
     if UTILITY not in sample.members:
         why = "the samples have no utility.json"
         raise BadInput(sample.key, why, "Run `utilgen value score` first.")
@@ -24,6 +25,8 @@ def score_of(sample: Sample) -> dict[str, Any]:
     utility: Any = score.get("utility")
     if type(utility) not in (int, float) or not abs(utility) <= sys.float_info.max:
         raise sample.bad(f"its utility is {utility!r}, not a number")
+    if type(predicted := score.get("predicted", 0)) is not int:
+        raise sample.bad(f"its predicted is {predicted!r}, not the number of a class")
     return score
 
 
