@@ -238,6 +238,11 @@ def test_a_stream_is_one_tar_and_smoke_is_quick(bench: Path, utilgen: Run) -> No
         ({"init": Path("prompts"), "tokens": Path("tokens")}, UsageError, "Leave one of them out"),
         ({"init": Path("prompts"), "population": 2}, UsageError, "Leave one of them out"),
         ({"anchor_weight": 1.0}, UsageError, "--real"),
+        (
+            {"diversity": 1.0, "population": 1},
+            UsageError,
+            "--diversity: needs two images of a class",
+        ),
         ({"search_steps": 2000}, UsageError, "--search-steps 2000: must lie between 1 and"),
         ({"steps": 2000}, UsageError, "^--steps 2000"),
         ({"objective": "beauty"}, UsageError, "MODULE:FUNCTION"),

@@ -112,12 +112,32 @@ def one_number(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x.mean()
 
 
+def in_numpy(x: torch.Tensor, y: torch.Tensor) -> object:
+    return x.detach().mean((1, 2, 3)).numpy()
+
+
+def cut_off(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x.detach().mean((1, 2, 3))
+
+
+def broken(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(("function", "why"), [
+    ("one_number", r"returned shape \(\), not \(4,\)\. Return one score an image"),
+    ("in_numpy", "returned ndarray. Return a torch.Tensor of one score an image"),
+    ("cut_off", "returned scores without a gradient to the images"), ("broken", "raised KeyError: 'x'")])  # fmt: skip
+def test_what_is_wrong_with_an_objective_is_said_of_it(function: str, why: str) -> None:
+    x, y = images(4).requires_grad_(), torch.tensor([0, 1, 2, 1])
+    with pytest.raises(UsageError, match=f"--objective {__name__}:{function}: {why}"):
+        make_objective(f"{__name__}:{function}", judged, None)(x, y)
+
+
 def test_an_objective_can_be_imported_and_is_checked() -> None:
     x, y = images(4), torch.tensor([0, 1, 2, 1])
     own = make_objective(f"{__name__}:brightness", judged, None)
     torch.testing.assert_close(own(x, y), x.mean((1, 2, 3)))
-    with pytest.raises(UsageError, match="one score an image"):
-        make_objective(f"{__name__}:one_number", judged, None)(x, y)
     for name in ("nothing", "no_such_module:f", f"{__name__}:absent"):
         with pytest.raises(UsageError, match="MODULE:FUNCTION"):
             make_objective(name, judged, None)

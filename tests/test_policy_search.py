@@ -110,6 +110,22 @@ def test_the_best_iterate_is_kept_not_the_last(model: LatentDiffusion) -> None:
     )
 
 
+def test_iterates_are_chosen_by_the_judge_that_was_not_climbed(model: LatentDiffusion) -> None:
+    """One that dislikes what is climbed keeps the start, and both figures are told."""
+
+    def darkness(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -images.mean((1, 2, 3))
+
+    search = search_of(model)
+    search.terms = [Term("brightness", 1.0, brightness, judge=darkness)]
+    search.run()
+    first, *_, last = search.state.history
+    assert search.state.best == 0
+    assert last["brightness_climbed"] > first["brightness_climbed"]
+    assert last["brightness"] == pytest.approx(-last["brightness_climbed"])
+    assert last["objective"] < first["objective"]
+
+
 def test_it_stops_early_when_nothing_improves(model: LatentDiffusion) -> None:
     search = search_of(model, rate=0.0, iterations=50, evaluate_every=1, patience=3)
     search.evaluate = _falling(search)  # type: ignore[method-assign]

@@ -82,7 +82,7 @@ def ilpo(
     for option, given in (("--tokens", tokens), ("--population", population)):
         if init is not None and given is not None:
             raise UsageError(option, "--init has prompts of its own", "Leave one of them out.")
-    members = 1 if smoke else population or 4
+    members = (2 if diversity else 1) if smoke else population or 4
     name = model_named(model, tokens)
     config = GenerateConfig(
         name, seed, tokens, tuple(adapter or ()), None,

@@ -21,10 +21,10 @@ from ..diffusion.generate import GenerateConfig, Generator, LazyGenerator
 from ..diffusion.image_gradients import Term
 from ..diffusion.instance import InstanceConfig, PolicyGenerator, learn_policy
 from ..diffusion.noise import Calls, counted
-from ..diffusion.objectives import make_objective
+from ..diffusion.objectives import BY_VALUE, make_objective
 from ..diffusion.policy import FACTS, Policy, load_policy, policy_facts
 from ..diffusion.prompt_search import Labeller
-from ..diffusion.set_terms import coverage, gradient_match, spread
+from ..diffusion.set_terms import SPREAD, coverage, gradient_match, spread
 from ..runtime import signals
 from ..runtime.artefact import is_done
 from ..runtime.checkpoint import remove_checkpoint
@@ -103,16 +103,17 @@ class Terms:
         aim, features = self.aim, self.climbed.classifiers[0].features
         shots, shot_labels = self._shots(self.size)
         by_text = image_text_score(self.clip, self.texts)
-        terms = [
-            Term(aim.objective, 1.0, make_objective(aim.objective, self.climbed.judge, by_text))
-        ]
+        climbed, judge = make_objective(aim.objective, self.climbed.judge, by_text), None
+        if aim.objective in BY_VALUE and self.judging is not self.climbed:
+            judge = make_objective(aim.objective, self.judging.judge, by_text)
+        terms = [Term(aim.objective, 1.0, climbed, judge)]
         if aim.clip_weight:
             terms.append(Term("clip_text", aim.clip_weight, by_text))
         if aim.clip_image_weight:
             by_image = image_image_score(self.clip, shots, shot_labels)
             terms.append(Term("clip_image", aim.clip_image_weight, by_image))
         if aim.diversity:
-            terms.append(Term("spread", aim.diversity, spread(features)))
+            terms.append(Term(SPREAD, aim.diversity, spread(features)))
         if aim.set_term == "coverage":
             term = coverage(features, shots, shot_labels)
             terms.append(Term("coverage", aim.set_weight, term))

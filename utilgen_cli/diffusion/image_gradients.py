@@ -19,6 +19,7 @@ class Term:
     name: str
     weight: float
     function: Callable[[Tensor, Tensor], Tensor]
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None  # of iterates, instead of `function`
 
 
 def class_blocks(classes: Tensor, rows: int) -> list[Tensor]:

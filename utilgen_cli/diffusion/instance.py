@@ -26,6 +26,7 @@ from .prompt_inversion import PromptObjective
 from .prompt_search import Labeller, PromptSearch, SearchConfig
 from .prompts import PromptEmbeds, TokenEmbeds
 from .rollout import GradSteps, Rollout, default_chunk
+from .set_terms import SPREAD
 
 PARAMETERS = ("embeds", "tokens")
 
@@ -94,6 +95,10 @@ def learn_policy(
         prompts = PromptEmbeds.at(begun.prompt_embeds.to(model.device))
     else:
         prompts = PromptEmbeds(model, generator.prompts, population, seed)
+    alone = prompts.theta.shape[1] * config.search.images < 2
+    if alone and config.search.iterations and any(term.name == SPREAD for term in terms):
+        why = "needs two images of a class in an iteration"
+        raise UsageError("--diversity", why, "Add --images 2, or a larger --population.")
     rollout = Rollout(
         model, generator.uncond.detach(), config.sampling_steps, generator.guidance_scale,
         GradSteps.parse(config.grad_steps),

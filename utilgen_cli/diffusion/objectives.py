@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..runtime.errors import UsageError
+from ..runtime.errors import UsageError, first_line
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # images [B, 3, H, W], labels [B] -> [B]
-BUILT_IN = ("utility", "loss", "entropy", "clip")
+BY_VALUE = ("utility", "loss", "entropy")  # what a value model says
+BUILT_IN = (*BY_VALUE, "clip")
 
 
 class Verdict(Protocol):
@@ -70,16 +71,25 @@ def imported(name: str) -> Objective:
 
 
 def checked(objective: Objective, name: str) -> Objective:
-    """The same callable, which says plainly when its scores have the wrong shape."""
+    """The same callable, which says plainly when it fails, or its scores are none to climb."""
+    what = f"--objective {name}"
 
     def score(images: Tensor, labels: Tensor) -> Tensor:
-        scores = objective(images, labels)
-        if not isinstance(scores, torch.Tensor) or scores.shape != labels.shape:
-            shape = tuple(getattr(scores, "shape", ()))
-            raise UsageError(
-                f"--objective {name}", f"returned shape {shape}, not {tuple(labels.shape)}",
-                "Return one score an image.",
-            )  # fmt: skip
+        try:
+            scores: object = objective(images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a user's own code raises whatever it does
+            raise UsageError(what, f"raised {type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(scores, torch.Tensor):
+            advice = "Return a torch.Tensor of one score an image."
+            raise UsageError(what, f"returned {type(scores).__name__}", advice)
+        if scores.shape != labels.shape:
+            why = f"returned shape {tuple(scores.shape)}, not {tuple(labels.shape)}"
+            raise UsageError(what, why, "Return one score an image.")
+        if images.requires_grad and not scores.requires_grad:
+            advice = "Compute them from the images in torch, without detach or no_grad."
+            raise UsageError(what, "returned scores without a gradient to the images", advice)
         return scores
 
     return score

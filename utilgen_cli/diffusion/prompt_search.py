@@ -8,7 +8,7 @@ An anchor, the denoising loss D of the real shots under the prompts, pulls theta
 member's own part of both at unit RMS, the step climbs
     unit(dimages/dtheta^T G) - w unit(dD/dtheta)
 Iterates are judged on noise that was never optimised on, by J = sum_k w_k f_k / s_k with s_k the
-rms|g_k| of the start.
+rms|g_k| of the start, and f_k by a judge that was not climbed where the term has one.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ class PromptSearch:
 
     @torch.no_grad()
     def judge(self) -> dict[str, Any]:
-        """Each term's mean, label fidelity by each labeller, and rms|g_k|, on validation noise."""
+        """Each term's mean, label fidelity by each labeller, and rms|g_k|, on validation noise. A
+        term with a judge has two means: the judge's counts."""
         members = self.theta.shape[1]
         classes, rows = self.grid(max(1, self.config.validation_images // members))
         noise = self.noise(classes, "ilpo-validation")
@@ -268,7 +269,11 @@ class PromptSearch:
             if not images.isfinite().all():
                 raise not_finite()
             for term in self.terms:
-                sums[term.name] += len(at) * float(term.function(images, labels).mean())
+                climbed = len(at) * float(term.function(images, labels).mean())
+                if term.judge is not None:
+                    sums[f"{term.name}_climbed"] += climbed
+                    climbed = len(at) * float(term.judge(images, labels).mean())
+                sums[term.name] += climbed
                 if not self.state.history:
                     squares[term.name].append(term_gradient(term, images, labels)[1])
             for name, labeller in self.labellers.items():

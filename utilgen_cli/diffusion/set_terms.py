@@ -17,6 +17,7 @@ from ..runtime.device import plain_attention
 from ..runtime.errors import UsageError
 from .clip import AT_ONCE
 
+SPREAD = "spread"  # the name of the term that has nothing to say of one image a class
 SetTerm = Callable[[Tensor, Tensor], Tensor]  # images, labels -> [classes present]
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> [B, D]
 
