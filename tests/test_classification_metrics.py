@@ -145,8 +145,18 @@ def test_a_larger_set_is_looked_at_as_if_it_were_as_small_as_the_others() -> Non
     assert whole["coverage"] > small["coverage"] + 0.2
     assert cut["coverage"] == pytest.approx(small["coverage"], abs=0.15)
     assert cut["fid"] == pytest.approx(small["fid"], rel=0.4)
-    at = distribution.some_of_each(torch.tensor([0] * 50 + [1] * 10 + [2] * 4), 18, seed=0)
-    assert torch.bincount(torch.tensor([0] * 50 + [1] * 10 + [2] * 4)[at]).tolist() == [7, 7, 4]
+    uneven = torch.tensor([0] * 50 + [1] * 10 + [2] * 4)
+    at = distribution.some_of_each(uneven, 32, seed=0)
+    assert len(at.unique()) == 32 and torch.bincount(uneven[at]).tolist() == [25, 5, 2]
+
+
+def test_diversity_is_that_of_the_whole_set() -> None:
+    """Beside a set of one image a class no class of a draw would have two."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 8, generator=g), torch.arange(60) % 10
+    alone, beside = (distribution.compare(x, y, x, y, "test", count) for count in (None, 10))
+    assert beside["diversity"] == alone["diversity"] == pytest.approx(1)
+    assert distribution.compare(x, y, x[:10], y[:10], "test")["diversity"] is None
 
 
 def test_p_values_are_corrected_for_their_number() -> None:

@@ -19,7 +19,7 @@ from utilgen_cli.diffusion.clip import image_image_score, image_text_score, load
 from utilgen_cli.diffusion.image_gradients import Term, image_gradients
 from utilgen_cli.diffusion.objectives import make_objective
 from utilgen_cli.diffusion.set_terms import coverage, gradient_match, spread
-from utilgen_cli.runtime.errors import NoInput, UsageError
+from utilgen_cli.runtime.errors import BadInput, NoInput, UsageError
 
 TEXTS = ["a dress", "a bag", "an ankle boot"]
 
@@ -122,6 +122,21 @@ def cut_off(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def broken(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     raise KeyError("x")
+
+
+def out_of_memory(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def its_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    raise BadInput("shots/", "has no images")
+
+
+@pytest.mark.parametrize(("function", "kind"), [("out_of_memory", RuntimeError), ("its_input", BadInput)])  # fmt: skip
+def test_what_has_a_word_of_its_own_keeps_it(function: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as found:
+        make_objective(f"{__name__}:{function}", judged, None)(images(4), torch.zeros(4))
+    assert "--objective" not in str(found.value)
 
 
 @pytest.mark.parametrize(("function", "why"), [

@@ -188,6 +188,20 @@ def test_a_run_goes_on_with_another_chunk(model: LatentDiffusion, tmp_path: Path
     assert InstanceConfig(search=SearchConfig(chunk=1)).facts() == InstanceConfig().facts()
 
 
+def test_figures_of_another_judge_are_not_gone_on_from(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    search_of(model, iterations=2).run(tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").exists()
+    again = search_of(model, iterations=2)
+    again.terms = [Term("brightness", 1.0, brightness, judge=brightness)]
+    again.resume(tmp_path / "checkpoint")
+    assert again.state.iteration == 0
+    same = search_of(model, iterations=2)
+    same.resume(tmp_path / "checkpoint")
+    assert same.state.iteration == 2
+
+
 def test_a_checkpoint_of_other_settings_is_not_used(model: LatentDiffusion, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.safetensors"
     search_of(model).run(checkpoint)

@@ -135,11 +135,12 @@ def test_the_shipped_model_learns_to_prefer_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("held_out", "separation", "told"), [
-    (40, 0.31, True), (40, 0.5, False), (400, 0.31, False), (1, 1.0, True)])  # fmt: skip
+    (40, 0.31, True), (40, 0.5, False), (400, 0.31, False), (1, 1.0, True), (2, 5.0, True),
+    (8, 1.0, True), (8, 2.0, False)])  # fmt: skip
 def test_what_chance_could_do_is_told(held_out: int, separation: float, told: bool) -> None:
     kept = {"accuracy": 0.6, "separation": separation, "dL_w": 0.0, "dL_l": 0.0}
     summary = {"stopped": None, "pairs": 8 * held_out, "held_out": held_out, "kept": kept,
-               "kept_step": 60, "steps": 60}  # fmt: skip
+               "kept_step": 60, "steps": 60, "history": [{}] * 7}  # fmt: skip
     assert any("chance" in line for line in outcome(summary)) == told
     untouched = outcome(summary | {"kept_step": 0})
     assert "nothing learned held" in untouched[-1] and "chance" not in "".join(untouched)

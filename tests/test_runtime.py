@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from utilgen_cli.classification.batches import workers_for
 from utilgen_cli.runtime import signals
 from utilgen_cli.runtime.checkpoint import (
     load_checkpoint,
@@ -338,7 +339,8 @@ main()"""
     ("name", "environment", "seen", "taken"),
     [(None, {}, 2, "cuda:0"), ("cuda", {}, 2, "cuda:0"), ("cuda:1", {}, 2, "cuda:1"),
      (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2, "cuda:1"),
-     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, "cuda:0")],
+     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "1"}, 1, "cuda:0"),
+     (None, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, "cuda:1")],
 )  # fmt: skip
 def test_the_gpu_that_is_worked_on_is_the_current_one(
     monkeypatch: pytest.MonkeyPatch, name: str | None, environment: dict[str, str], seen: int,
@@ -384,4 +386,18 @@ def test_of_several_processes_the_first_one_tells_of_a_signal(rank: str, lines: 
 def test_gradients_travel_together_in_order() -> None:
     tensors = [torch.zeros(n) for n in (3, 5, 20, 2, 8, 1)]
     assert [[t.numel() for t in b] for b in buckets(tensors, 10)] == [[3, 5], [20], [2, 8], [1]]
-    assert buckets([]) == []
+    assert buckets([]) == [] and len(buckets([torch.zeros(0)])) == 1
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, 8), ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "4"}, 8),
+    ({"WORLD_SIZE": "64", "LOCAL_WORLD_SIZE": "32"}, 1)])  # fmt: skip
+def test_the_processes_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr("utilgen_cli.classification.batches.cores", lambda: 16)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert workers_for("crop", gpu) == expected
+    assert workers_for("crop", cpu) == workers_for("pad", gpu) == workers_for("crop", gpu, 0) == 0

@@ -126,13 +126,20 @@ def test_canaries_are_real_pixels_with_another_label():
 
 
 @pytest.mark.parametrize(("images", "classes", "each"), [
-    (4, 10, 9), (300, 10, 3), (2000, 10, 1), (5, 2, 1), (5, 1, 0), (0, 3, 0)])  # fmt: skip
+    (4, 10, 9), (300, 10, 3), (1000, 10, 1), (5, 2, 1), (5, 1, 0), (0, 3, 0)])  # fmt: skip
 def test_images_are_judged_under_as_many_wrong_labels_as_say_enough(images, classes, each):
     labels = torch.arange(images) % classes
     at, wrong = wrong_labels(labels, classes, seed=0)
     assert torch.equal(at, torch.arange(images).repeat_interleave(each))
     assert (wrong != labels[at]).all() and ((wrong >= 0) & (wrong < classes)).all()
     assert len({(int(a), int(w)) for a, w in zip(at, wrong, strict=True)}) == images * each
+
+
+def test_of_many_images_some_are_judged_under_a_wrong_label():
+    labels = torch.arange(5000) % 1000
+    at, wrong = wrong_labels(labels, 1000, seed=0)
+    assert len(at) == len(wrong) == len(at.unique()) == 1000
+    assert (wrong != labels[at]).all() and len(labels[at].unique()) > 500
 
 
 def test_the_canary_of_a_few_images_rests_on_all_their_wrong_labels(trained):

@@ -16,7 +16,7 @@ from .commands.inputs import look_for_inputs
 from .commands.keeping import nothing_kept
 from .commands.on_demand import group_on_demand
 from .runtime import signals
-from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError
+from .runtime.errors import ExitCode, Stopped, UsageError, UtilgenError, no_memory
 from .runtime.ranks import one_process, world
 
 HELP = """Generative data augmentation judged by what it does for the classifier (UtilGen).
@@ -30,7 +30,6 @@ its state saved (run it again; 1 where nothing is kept), 130 interrupted, 141 th
 reader left.
 --debug shows tracebacks."""
 
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # the second is cuBLAS's and cuDNN's
 ONE_PROCESS = ("pack", "value train", "pairs", "view", "check")
 
 
@@ -59,7 +58,7 @@ def _translate(error: BaseException, options: Iterable[str]) -> UtilgenError:
         return UtilgenError(str(where), error.strerror or "refused", "Name a place you can write.")
     if isinstance(error, OSError) and error.errno is not None:
         return UtilgenError(str(error.filename or "input"), error.strerror or str(error))
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    if no_memory(error):
         sizes = [
             f"--{n.replace('_', '-')}" for n in ("batch_size", "chunk", "size") if n in options
         ]

@@ -106,7 +106,8 @@ class Peak:
         while not self.stop.wait(wait):
             began = time.perf_counter()
             self.highest = max(self.highest, self._resident())
-            wait = max(0.01, 50 * (time.perf_counter() - began))  # what is measured runs beside it
+            spent = time.perf_counter() - began  # what is measured runs beside it
+            wait = min(0.05, max(0.01, 50 * spent))
 
 
 class GpuPeak(Peak):

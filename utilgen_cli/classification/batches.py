@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.device import cores, sent
 from ..runtime.errors import UsageError, UtilgenError
+from ..runtime.ranks import processes_here
 from ..runtime.seeds import derive_seed
 from ..runtime.signals import NUMBERS
 from .data import LabelledImages, augment, distort, shuffled_batches, to_float
@@ -45,12 +46,14 @@ def stored_side(augmentation: str, size: int) -> int:
 
 
 def workers_for(augmentation: str, device: torch.device, asked: int | None = None) -> int:
-    """How many processes crop: those that are asked for, or on a GPU as many as this one may use
-    cores for, up to 8: a core crops some hundred images of 224 px a second
+    """How many processes crop: those that are asked for, or on a GPU as many as there are cores for
+    each process of torchrun here, up to 8: a core crops some hundred images of 224 px a second
     (tests/benchmarks/RESULTS.md), where a GPU trains on thousands."""
     if asked is not None:
         return asked
-    return min(8, cores()) if augmentation in CROPPING and device.type == "cuda" else 0
+    if augmentation not in CROPPING or device.type != "cuda":
+        return 0
+    return max(1, min(8, cores() // processes_here()))
 
 
 def augment_batch(
@@ -159,7 +162,7 @@ def loader_errors() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         why = "one of them died (out of memory?)"
-        advice = "Run the same command again to go on; fewer --workers need less memory."
+        advice = "Run the same command again to go on; fewer --workers (or 0) need less memory."
         raise UtilgenError("loader workers", why, advice) from None
 
 

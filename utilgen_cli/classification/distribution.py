@@ -76,7 +76,8 @@ def kernel_distance(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str,
 
 
 def spread(features: Tensor, labels: Tensor) -> float:
-    """Mean distance of two samples of one class, averaged over the classes with two or more.
+    """Mean distance of two samples of one class, averaged over the classes with two or more (0
+    without such).
 
     Of each class the first thousand samples are looked at.
     """
@@ -89,13 +90,13 @@ def spread(features: Tensor, labels: Tensor) -> float:
 
 
 def some_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
-    """`count` of the samples at random, as many of each class as there are, int64 [count]."""
+    """`count` of the samples at random, of each class as large a share as it has, int64 [count]."""
     generator = torch.Generator().manual_seed(derive_seed("some of each", seed))
     order = torch.randperm(len(labels), generator=generator)
-    place = torch.zeros(len(labels), dtype=torch.long)  # among those of its class
+    place = torch.zeros(len(labels))  # among those of its class, from 0 to 1
     for label in labels.unique():
         own = order[labels[order] == label]
-        place[own] = torch.arange(len(own))
+        place[own] = (torch.arange(len(own)) + 0.5) / len(own)
     return order[place[order].argsort(stable=True)][:count]
 
 
@@ -109,27 +110,27 @@ def compare(
 ) -> dict[str, Any]:
     """All figures, with the sizes of what was compared and the extractor's name.
 
-    `diversity` is the within-class spread of the synthetic set over that of the real one. The
-    figures depend on how many images there are: of a set that has more than `count` they are the
-    means over `DRAWS` draws of so many.
+    `diversity` is the within-class spread of the synthetic set over that of the real one; None
+    where no class has two images. The others but KID depend on how many images there are: of a set
+    that has more than `count` they are the means over `DRAWS` draws of so many.
     """
     scale = real.std().clamp_min(1e-8)  # KID's cubic kernel needs features of order one
     real, synthetic = real / scale, synthetic / scale
-    real_spread = spread(real, real_labels)
+    spreads = spread(synthetic, synthetic_labels), spread(real, real_labels)
     count = min(count or len(synthetic), len(synthetic))
     found: list[dict[str, Any]] = []
     whole = torch.arange(len(synthetic))
     draws = [some_of_each(synthetic_labels, count, draw) for draw in range(DRAWS)]
     for at in draws if count < len(synthetic) else [whole]:
-        part, labels = synthetic[at], synthetic_labels[at]
+        part = synthetic[at]
         found.append({
             **prdc(real, part),
             "fid": frechet_distance(real, part),
             "kid": kernel_distance(real, part),
-            "diversity": spread(part, labels) / real_spread if real_spread else None,
         })  # fmt: skip
     return {
         **_mean(found),
+        "diversity": spreads[0] / spreads[1] if all(spreads) else None,
         "n_real": len(real),
         "n_synthetic": count,
         "extractor": extractor,
@@ -137,15 +138,12 @@ def compare(
 
 
 def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each figure over the draws; of None, None."""
+    """The mean of each figure over the draws."""
     first, *others = found
     if not others:
         return first
-    means: dict[str, Any] = {}
-    for name, value in first.items():
-        column = [row[name] for row in found]
-        if isinstance(value, dict):
-            means[name] = _mean(column)
-        else:
-            means[name] = None if value is None else sum(column) / len(column)
-    return means
+    columns = {name: [row[name] for row in found] for name in first}
+    return {
+        name: _mean(column) if isinstance(first[name], dict) else sum(column) / len(column)
+        for name, column in columns.items()
+    }

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..runtime.errors import UsageError, first_line
+from ..runtime.errors import UsageError, UtilgenError, first_line, no_memory
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # images [B, 3, H, W], labels [B] -> [B]
 BY_VALUE = ("utility", "loss", "entropy")  # what a value model says
@@ -77,9 +77,11 @@ def checked(objective: Objective, name: str) -> Objective:
     def score(images: Tensor, labels: Tensor) -> Tensor:
         try:
             scores: object = objective(images, labels)
-        except torch.OutOfMemoryError:
+        except (UtilgenError, MemoryError):
             raise
         except Exception as error:  # a user's own code raises whatever it does
+            if no_memory(error):
+                raise
             raise UsageError(what, f"raised {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(scores, torch.Tensor):
             advice = "Return a torch.Tensor of one score an image."

@@ -32,9 +32,6 @@ from .preference_loss import LOSSES, beta_convention, beta_to_public
 
 REFERENCES = ("base", "previous")
 DONE = "dpo.json"
-CERTAIN = (
-    2.5  # standard errors that the best of some eight looks comes to by chance, one time in 20
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +229,17 @@ def counts(preferences: Preferences) -> dict[str, int]:
     return {name: int((preferences.sign == s).sum()) for name, s in sides.items()}
 
 
+def by_chance(separation: float, held_out: int, looks: int) -> bool:
+    """True where pure noise gives a separation like this, or a larger one, one time in 20 or more
+    often, as the best of so many looks (Student's t, Bonferroni's correction)."""
+    from scipy import stats
+
+    if held_out < 2:
+        return True
+    bar = stats.t.ppf(1 - 0.05 / max(1, looks), held_out - 1)
+    return bool(separation * (held_out - 1) ** 0.5 < bar)
+
+
 def outcome(summary: dict[str, Any]) -> list[str]:
     """What a person should know of the run, from what dpo.json says."""
     lines = []
@@ -251,7 +259,7 @@ def outcome(summary: dict[str, Any]) -> list[str]:
     )
     if summary["kept_step"] == 0:
         lines.append("nothing learned held on the held-out pairs: the generator is as it was")
-    elif pairs and kept["separation"] * summary["held_out"] ** 0.5 < CERTAIN:
+    elif pairs and by_chance(kept["separation"], summary["held_out"], len(summary["history"]) - 1):
         lines.append(
             f"warning: {summary['held_out']} held-out pairs cannot tell this from chance (the best "
             "of several looks at them is shown): make more pairs, or compare by eval"

@@ -324,6 +324,10 @@ class PromptSearch:
         row = self.state.history[-1]
         return {k: v for k, v in row.items() if k != "iteration"}
 
+    def judged(self) -> list[str]:
+        """The terms that have a judge of their own."""
+        return [term.name for term in self.terms if term.judge is not None]
+
     def save(self, path: Path) -> None:
         """Write the whole state; a run that resumes ends with the same prompts."""
         tensors = {
@@ -332,7 +336,8 @@ class PromptSearch:
             **optimizer_tensors(self.optimizer),
         }
         state, calls = asdict(self.state), list(self.calls_kept)
-        meta = {"config": self.config.facts(), "state": state, "calls": calls}
+        meta = {"config": self.config.facts(), "state": state, "calls": calls,
+                "judged": self.judged()}  # fmt: skip
         save_checkpoint(path, tensors, meta)
 
     def resume(self, path: Path) -> None:
@@ -340,6 +345,8 @@ class PromptSearch:
         found = load_checkpoint(path)
         if found is None or found[1]["config"] != self.config.facts():
             return
+        if found[1].get("judged", []) != self.judged():
+            return  # figures of another judge cannot be compared
         tensors, meta = found
         with torch.no_grad():
             self.theta.copy_(tensors["theta"])

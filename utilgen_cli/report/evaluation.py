@@ -136,6 +136,8 @@ def _result(summary: Row, colours: Mapping[str, int]) -> Markup:
         "by seed, with Student's 95 % interval: they cover the randomness of training, not the "
         "draw of the images."
     )
+    if line := fig.comparisons_line(summary):
+        note = f"{note} {line}."
     return section("Result", *parts, note=note)
 
 
@@ -177,7 +179,8 @@ def _why(summary: Row, extras: Extras, colours: dict[str, int]) -> Markup | None
         for n, s in judged.items()
     ]  # fmt: skip
     note = (
-        f"As seen by {some['extractor']}, beside {some['n_real']} validation images. Positive "
+        f"As seen by {some['extractor']}, beside {some['n_real']} validation images (precision to "
+        f"FID: {some['n_synthetic']} images of each set). Positive "
         "influence: share of the images that would lower the validation loss, with a bootstrap "
         "interval; labels shuffled among the images give the null. Agreement: the classifiers "
         "trained on real images see the label. Diversity: spread within a class over that of real "

@@ -27,7 +27,7 @@ def pick_device(name: str | None = None) -> torch.device:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        if name == "cuda" and world()[1] > 1 and torch.cuda.device_count() > 1:
+        if name == "cuda" and world()[1] > 1 and not _shown_one():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(name)
         numbered = torch.empty(0, device=device).device
@@ -37,6 +37,11 @@ def pick_device(name: str | None = None) -> torch.device:
         advice = "Name cpu, cuda, cuda:1 or mps."
         raise UsageError(f"--device {name}", first_line(error), advice) from None
     return device
+
+
+def _shown_one() -> bool:
+    """True where a launcher has picked a GPU for this process, as SLURM's --gpus-per-task does."""
+    return torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:

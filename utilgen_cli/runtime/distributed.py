@@ -20,8 +20,8 @@ def init() -> tuple[int, int]:
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
-    """Average each tensor over the processes, in place (nothing to do in one process); many small
-    ones of one type and device go at once."""
+    """Average tensors of one type and device over the processes, in place (nothing to do in one
+    process); many small ones go at once."""
     if not dist.is_initialized():
         return
     for together in buckets(tensors):
@@ -35,9 +35,9 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 def buckets(tensors: list[Tensor], most: int = 1 << 23) -> list[list[Tensor]]:
     """The tensors in order, as many together as have `most` elements, or one that has more."""
     found: list[list[Tensor]] = []
-    held = most
+    held = 0
     for tensor in tensors:
-        if held + tensor.numel() > most:
+        if not found or held + tensor.numel() > most:
             found.append([])
             held = 0
         found[-1].append(tensor)

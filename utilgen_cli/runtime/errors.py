@@ -77,6 +77,12 @@ def printable(text: str, longest: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def no_memory(error: BaseException) -> bool:
+    """True if memory ran out: Python's, torch's, or as cuBLAS and cuDNN say it."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "ALLOC_FAILED" in said
+
+
 def first_line(error: BaseException, otherwise: str = "") -> str:
     """What a library said, as one line; `otherwise`, or the error's name, where that is nothing."""
     lines = str(error).strip().splitlines()

@@ -15,6 +15,14 @@ def world() -> tuple[int, int]:
         return 0, 1  # somebody else's variables
 
 
+def processes_here() -> int:
+    """How many of the processes run on this machine."""
+    try:
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world()[1] > 1 else 1
+    except ValueError:
+        return 1
+
+
 def one_process(advice: str = "Run it without torchrun.") -> None:
     """UsageError if several processes were started for work that is not shared between them."""
     if world()[1] > 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..runtime.seeds import derive_seed
 
 WARN, REFUSE = 0.9, 0.5
-ASKED = 1000  # wrong labels that are judged, where the images and classes give so many
+ASKED = 1000  # wrong labels that are judged at most
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
@@ -23,19 +23,14 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 
 def wrong_labels(labels: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images are judged under a wrong label, and under which, [m] each: every image once, or
-    under several if that takes no more than `ASKED`."""
-    n = len(labels)
-    rounds = min(classes - 1, max(1, ASKED // max(1, n)))
-    if rounds < 1 or not n:
-        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    """Which images are judged under a wrong label, and under which, [m] each, m <= `ASKED`: every
+    image under as many as that allows, or some images under one."""
     generator = torch.Generator().manual_seed(derive_seed("canary labels", seed))
-    shifts = (
-        1 + torch.rand(n, classes - 1, generator=generator).argsort(1)[:, :rounds]
-    )  # [n, rounds]
-    return torch.arange(n).repeat_interleave(rounds), (
-        (labels[:, None] + shifts) % classes
-    ).flatten()
+    at = torch.randperm(len(labels), generator=generator)[:ASKED].sort().values
+    rounds = min(classes - 1, ASKED // max(1, len(at)))
+    shifts = 1 + torch.rand(len(at), classes - 1, generator=generator).argsort(1)[:, :rounds]
+    wrong = (labels[at, None] + shifts) % classes  # [images, rounds]
+    return at.repeat_interleave(rounds), wrong.flatten()
 
 
 def verdict(found: float | None) -> str:
