@@ -145,6 +145,7 @@ def test_of_many_images_some_are_judged_under_a_wrong_label():
 def test_the_canary_of_a_few_images_rests_on_all_their_wrong_labels(trained):
     """One planted copy would be right or wrong; every image has two wrong labels here."""
     canary = json.loads((trained / "value.json").read_text())["canary"]
+    assert 0.9 < canary["auroc_of_minus_loss"] <= 1
     assert canary["judged"] == 2 * (len(DATA.real) + len(DATA.validation or ())) > canary["planted"]
 
 
@@ -166,12 +167,12 @@ def test_a_pool_is_looked_at_a_batch_at_a_time(trained, monkeypatch):
     value, at = load_value(trained), torch.arange(len(pool)).flip(0)
     judge = value.classifiers[0]
     features = training.features_of(judge, pool.images, at)
-    logits = training.logits_of(value, pool.images, at, pool.labels[at])
+    judged = training.judged_at(value, pool.images, at, pool.labels[at])
     monkeypatch.setattr(training, "BATCH", 4)
     with Largest() as largest:
         torch.testing.assert_close(training.features_of(judge, pool.images, at), features)
-        again = training.logits_of(value, pool.images, at, pool.labels[at])
-        torch.testing.assert_close(again, logits)
+        again = training.judged_at(value, pool.images, at, pool.labels[at])
+        torch.testing.assert_close(again, judged)
     assert largest.of[torch.uint8] <= 4 * pool.images[0].numel()
 
 

@@ -146,7 +146,8 @@ def features_of(classifier: Classifier, images: Tensor, at: Tensor) -> Tensor:
 
 
 def watch_canaries(value: ValueModel, pool: Pool, seed: int) -> dict[str, Any]:
-    """AUROC of real images under their own label over the same under wrong ones.
+    """AUROC of real images under their own label over the same under wrong ones, by W and, to tell
+    what W adds, by the held-out loss alone.
 
     With folds nobody judges an image that it trained on, so that every wrong label will do: the few
     that were planted would say little. Without, what was planted is judged as it was trained on.
@@ -160,14 +161,19 @@ def watch_canaries(value: ValueModel, pool: Pool, seed: int) -> dict[str, Any]:
         at, wrong = planted, pool.labels[planted]
     if len(wrong) == 0:
         return {"auroc": None, "planted": 0, "judged": 0, "verdict": verdict(None)}
-    right = logits_of(value, pool.images, real, pool.labels[real])
-    found = auroc(right, logits_of(value, pool.images, at, wrong))
+    right, right_losses = judged_at(value, pool.images, real, pool.labels[real])
+    under, under_losses = judged_at(value, pool.images, at, wrong)
+    found = auroc(right, under)
     return {"auroc": round(found, 4), "planted": len(planted), "judged": len(wrong),
+            "auroc_of_minus_loss": round(auroc(-right_losses, -under_losses), 4),
             "verdict": verdict(found)}  # fmt: skip
 
 
-def logits_of(value: ValueModel, images: Tensor, at: Tensor, labels: Tensor) -> Tensor:
-    """Held-out logits of the uint8 images that stand `at` [N], under labels [N]: [N]; a batch of
-    pixels at a time."""
+def judged_at(
+    value: ValueModel, images: Tensor, at: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Held-out logits and losses of the uint8 images that stand `at` [N], under labels [N]: [N]
+    each; a batch of pixels at a time."""
     parts = zip(at.split(BATCH), labels.split(BATCH), strict=True)
-    return torch.cat([value.judge_pixels(images[p], y).logit for p, y in parts])
+    found = [value.judge_pixels(images[p], y) for p, y in parts]
+    return torch.cat([f.logit for f in found]), torch.cat([f.loss for f in found])
