@@ -26,6 +26,8 @@ from utilgen_cli.diffusion.finetune_config import FinetuneConfig
 from utilgen_cli.diffusion.generate import GenerateConfig, Generator
 from utilgen_cli.diffusion.instance import PolicyGenerator
 from utilgen_cli.diffusion.inversion import InversionConfig, invert_tokens
+from utilgen_cli.diffusion.latents import LatentCache
+from utilgen_cli.diffusion.load import load_model
 from utilgen_cli.diffusion.noise import MODES, NoiseConfig
 from utilgen_cli.diffusion.policy import Policy
 from utilgen_cli.diffusion.preference_run import PreferenceConfig, train_preference
@@ -39,7 +41,7 @@ from utilgen_cli.valuation.training import ValueData, train_values
 from utilgen_cli.valuation.value_model import load_value
 from utilgen_cli.valuation.weight_net import WeightNet
 
-from .conftest import ROOT
+from .conftest import ROOT, make_sample
 from .policy_parts import make_value
 from .pretend_gpu import HostWaits, State, no_waits, pretend_gpu
 from .random_bundle import CLASSES, make_bundle
@@ -257,3 +259,23 @@ def test_the_gradient_of_the_judges_never_waits(
     with no_waits():
         value.judge(images, labels, known).loss.sum().backward()
     assert images.grad is not None and images.grad.device.type == "cuda"
+
+
+def test_images_are_decoded_while_those_before_them_are_encoded(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host waits once a batch, for the one before; the latents are those of one at a time."""
+    monkeypatch.setattr("utilgen_cli.diffusion.latents.MAX_BATCH", 2)
+    samples = [make_sample(i, size=16) for i in range(5)]
+    model = load_model(bundle, device=CUDA)
+    cache = LatentCache(model, flip=True)
+    with no_waits(but=1):  # five images: two batches, and one that waits for another
+        for sample in samples:
+            cache.add(sample)
+    found = cache.finish()
+    monkeypatch.setattr("utilgen_cli.diffusion.latents.MAX_BATCH", 1)
+    alone = LatentCache(model, flip=True)
+    for sample in samples:
+        alone.add(sample)
+    torch.testing.assert_close(found, alone.finish())
+    assert found.shape == (5, 2, *model.latent_shape) and found.isfinite().all()
