@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from utilgen_cli.shards.images import decode_rgb, encode_image
+from utilgen_cli.shards.sample import Sample
+
 from .conftest import make_sample, tar_bytes
 from .policy_parts import make_clip
 from .random_bundle import CLASSES, make_bundle
@@ -46,9 +49,16 @@ Loop = Callable[..., tuple[Path, dict[str, Any]]]
 PRECISE = {"generate", "dpo", "invert", "lora", "ilpo", "eval"}
 
 
+def shaded(number: int, label: int) -> Sample:
+    """A class is told by its brightness in a few steps."""
+    sample = make_sample(number, label, 16)
+    rgb = decode_rgb(sample) // 4 + 90 * label
+    return sample.with_member("png", encode_image(rgb))
+
+
 def real(first: int, shots: int) -> bytes:
     """A shard of the bundle's classes."""
-    samples = [make_sample(first + 10 * i + c, c, 16) for i in range(shots) for c in range(3)]
+    samples = [shaded(first + 10 * i + c, c) for i in range(shots) for c in range(3)]
     names = [json.dumps({"class_name": CLASSES[i % 3]}).encode() for i in range(len(samples))]
     named = zip(samples, names, strict=True)
     return tar_bytes(sorted((s.with_member("json", n) for s, n in named), key=lambda s: s.key))
