@@ -402,3 +402,22 @@ def test_the_cost_of_a_set_is_that_of_all_its_stages(
     assert generation_cost(drawn.shards()) == {
         "seconds": None, "images": None, "price": None, "stages": [],
     }  # fmt: skip
+
+
+def test_an_end_between_a_result_and_its_tidying_leaves_nothing(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, hit = tmp_path / "plain", tmp_path / "hit"
+    compare_arms(inputs, PROTOCOL, plain)
+
+    def ended(path: Path, facts: object) -> None:
+        write_json(path, facts)
+        if path.name.startswith("good") and not path.name.endswith(".trained.json"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "write_json", ended)
+    with pytest.raises(KeyboardInterrupt):
+        compare_arms(inputs, PROTOCOL, hit)
+    monkeypatch.setattr(evaluation, "write_json", write_json)
+    compare_arms(inputs, PROTOCOL, hit)
+    assert sorted(p.name for p in hit.iterdir()) == sorted(p.name for p in plain.iterdir())

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from . import __path__ as places
-from .registry import CAMPAIGNS, Options, record
+from .registry import CAMPAIGNS, DRY, Options, record
 
 
 def main() -> None:
@@ -35,10 +35,11 @@ def main() -> None:
     run, runs = CAMPAIGNS[args.name]
     work = args.work or Path(tempfile.gettempdir()) / f"utilgen-faults-{args.name}"
     work.mkdir(parents=True, exist_ok=True)
+    if args.dry:  # campaigns write down what they have as they go
+        os.environ[DRY] = "1"
     section = run(Options(work, args.runs or runs, args.seed, args.only))
     print(section)
-    if not args.dry:
-        record(args.name, section)
+    record(args.name, section)
 
 
 if __name__ == "__main__":

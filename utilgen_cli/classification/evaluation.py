@@ -164,10 +164,18 @@ def judge_runs(
             found = score(towers.predict(model, test.images), test.labels, len(test.classes))
             facts = json.loads(facts_path(directory, run).read_text())
             write_json(result_path(directory, run), {**facts, **found, "n_test": len(test)})
-            facts_path(directory, run).unlink()
-            if run.name not in keep:
-                weights_path(directory, run).unlink()
             task.advance()
+            _tidy(directory, run, keep)
+    for run in runs:
+        _tidy(directory, run, keep)  # where an earlier call was ended before it could
+
+
+def _tidy(directory: Path, run: Run, keep: frozenset[str]) -> None:
+    """Remove what a tested run needs no more; its facts last, so that what is left is seen."""
+    if facts_path(directory, run).exists():
+        if run.name not in keep:
+            weights_path(directory, run).unlink(missing_ok=True)
+        facts_path(directory, run).unlink()
 
 
 def results(runs: Sequence[Run], directory: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
