@@ -360,7 +360,7 @@ def pretend_gpu() -> Iterator[None]:
         "get_device_name": lambda *a: facts.name, "get_device_capability": lambda *a: (9, 0),
         "max_memory_allocated": lambda *a: 0, "memory_allocated": lambda *a: 0,
         "memory_reserved": lambda *a: 0, "mem_get_info": lambda *a: (78 << 30, 80 << 30),
-        "empty_cache": lambda: None, "reset_peak_memory_stats": lambda *a: None,
+        "reset_peak_memory_stats": lambda *a: None,
         "get_rng_state": lambda *a: torch.random.get_rng_state(),
         "set_rng_state": lambda state, *a: torch.random.set_rng_state(state),
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,

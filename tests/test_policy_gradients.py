@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from utilgen_cli.diffusion.image_gradients import accumulate
+from utilgen_cli.diffusion.image_gradients import accumulate, unit_scale
 from utilgen_cli.diffusion.noise import counted
 from utilgen_cli.diffusion.rollout import GradSteps, Rollout, default_chunk
 from utilgen_cli.runtime.errors import UsageError
@@ -245,3 +245,13 @@ def test_a_wrong_grad_steps_is_a_usage_error(text: str) -> None:
     """It says what would be right."""
     with pytest.raises(UsageError, match="last:K"):
         GradSteps.parse(text)
+
+
+def test_gradients_are_scaled_by_a_power_of_two_that_suits_half_precision() -> None:
+    """The elements of an image of norm 1 come near to 1, and back to the bit."""
+    image = torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(0))
+    image /= image.norm()
+    scale = unit_scale(image)
+    assert scale.bit_count() == 1 and torch.equal(image * scale / scale, image)
+    scaled = (image * scale).square().mean().sqrt()
+    assert 0.7 < scaled < 1.5

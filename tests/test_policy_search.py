@@ -316,3 +316,11 @@ def test_wrong_policies_are_refused(tmp_path: Path, model: LatentDiffusion) -> N
     (tmp_path / "policy.safetensors").write_bytes(b"no")
     with pytest.raises(BadInput, match="not a policy"):
         load_policy(tmp_path)
+
+
+def test_the_scale_that_fp16_needs_changes_no_bit_in_single_precision(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = search_of(model, iterations=2).run()
+    monkeypatch.setattr("utilgen_cli.diffusion.prompt_search.unit_scale", lambda x: 1)
+    assert torch.equal(search_of(model, iterations=2).run(), found)

@@ -3,8 +3,8 @@
     python -m tests.benchmarks kernels [--divide 1 --size 512 --rows 4 --precision bf16]
 
 The first table holds the gradient that `ilpo` climbs, that of a U-Net call at its prompt, by each
-of torch's attention kernels beside the plain one in float32: PyTorch has had fused kernels whose
-gradient was wrong on some GPU. The second has the time of a call and of a decode with rows or
+of torch's attention kernels beside the plain one in float32: fused kernels with a wrong
+gradient have been reported for H100s (pytorch issues 150700, 196678). The second has the time of a call and of a decode with rows or
 channels innermost (`prefer_channels_last`), not compiled. Random weights; what a machine lacks is
 left out.
 """

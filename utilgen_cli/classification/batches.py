@@ -47,8 +47,8 @@ def stored_side(augmentation: str, size: int) -> int:
 
 def workers_for(augmentation: str, device: torch.device, asked: int | None = None) -> int:
     """How many processes crop: those that are asked for, or on a GPU as many as there are cores for
-    each process of torchrun here, up to 8: a core crops some hundred images of 224 px a second
-    (tests/benchmarks/RESULTS.md), where a GPU trains on thousands."""
+    each process of torchrun here, up to 8: one core crops some hundred images of 224 px a
+    second (tests/benchmarks/RESULTS.md)."""
     if asked is not None:
         return asked
     if augmentation not in CROPPING or device.type != "cuda":

@@ -98,7 +98,7 @@ class Finetuning:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(self.parameters, config)
         self.learning_rate = schedule_factor(self.optimizer, config)
-        self.kernels = objective.dtype if objective.mixed else torch.float32
+        self.autocast_to = objective.dtype if objective.mixed else torch.float32
         fp16 = objective.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
@@ -119,7 +119,7 @@ class Finetuning:
             if figures and self.processes == 1 and signals.stop_requested():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
-            with autocast(self.device, self.kernels):
+            with autocast(self.device, self.autocast_to):
                 loss, shown = self.objective.loss(rows[part], draw.part(part))
             self.scaler.scale(loss / config.gradient_accumulation).backward()
             figures.append({"loss": loss.detach(), **shown})

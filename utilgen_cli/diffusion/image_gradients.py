@@ -43,7 +43,8 @@ def term_gradient(term: Term, images: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 def unit_scale(x: Tensor) -> int:
     """The power of two (which rounds nothing) that brings the elements of a vector like x and of
-    norm 1 near to 1: by themselves those of an image are too small for fp16."""
+    norm 1 near to 1. Those of an image of 512 px are about .001, and what is pulled back from them
+    can be too small for fp16."""
     return 1 << round(math.log2(x.numel()) / 2)
 
 

@@ -77,7 +77,7 @@ def checked(objective: Objective, name: str) -> Objective:
     def score(images: Tensor, labels: Tensor) -> Tensor:
         try:
             scores: object = objective(images, labels)
-        except (UtilgenError, MemoryError):
+        except UtilgenError:
             raise
         except Exception as error:  # a user's own code raises whatever it does
             if no_memory(error):

@@ -269,11 +269,11 @@ class PromptSearch:
             if not images.isfinite().all():
                 raise not_finite()
             for term in self.terms:
-                climbed = len(at) * float(term.function(images, labels).mean())
+                says = {term.name: term.judge or term.function}
                 if term.judge is not None:
-                    sums[f"{term.name}_climbed"] += climbed
-                    climbed = len(at) * float(term.judge(images, labels).mean())
-                sums[term.name] += climbed
+                    says[f"{term.name}_climbed"] = term.function
+                for name, function in says.items():
+                    sums[name] += len(at) * float(function(images, labels).mean())
                 if not self.state.history:
                     squares[term.name].append(term_gradient(term, images, labels)[1])
             for name, labeller in self.labellers.items():

@@ -26,7 +26,7 @@ CHECKPOINTS = 3  # that TRAK averages over
 
 def narrow_cnn(data: LabelledImages, seed: int) -> Classifier:
     """The small CNN at a quarter of its width, trained on `data`."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         seed_modules(seed)
         transform = {"size": SIZE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
         model = Classifier("small-cnn", small_cnn_tower(WIDTHS), WIDTHS[-1], 10, transform)
